@@ -1,0 +1,1 @@
+"""Predict the error that every rounding would cause."""

@@ -1,0 +1,1 @@
+"""Find the fastest assignment within the budget."""

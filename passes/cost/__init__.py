@@ -1,0 +1,1 @@
+"""Predict the time that every choice would take on the target."""

@@ -1,0 +1,125 @@
+"""See PriceContractions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from precision_compiler.formats import FORMATS
+from precision_compiler.graph import contraction_rule, shape_of, value_of
+from precision_compiler.measure import Machine, layout_key, random_like
+from precision_compiler.pipeline import Numerics, Unit
+from precision_compiler.sites import operand_nodes, output_nodes, rounded_arguments
+from precision_compiler.target import Target
+
+
+@dataclass(frozen=True)
+class PriceContractions:
+    """Price every contraction in every format of the target.
+
+    1. On a target known from its data: the slower of arithmetic at the format's achieved rate
+       and traffic of operands and result at the achieved bandwidth, plus a launch.
+    2. On this machine: the very call (operation, sizes, strides, dtype) is timed, all formats
+       in turn, and kept on disk. Formats that a square matmul shows to be slower than float32
+       are priced by rule 1 with their measured rate: timing them would take longer than it tells.
+    """
+
+    name: ClassVar[str] = "price-contractions"
+    reads: ClassVar[frozenset[str]] = frozenset()
+    makes: ClassVar[frozenset[str]] = frozenset({"contraction prices"})
+    spoils: ClassVar[frozenset[str]] = frozenset()
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+
+    def run(self, unit: Unit) -> bool:
+        """Fill ``unit.contraction_prices``."""
+        nodes = {node.name: node for node in unit.joint.module.graph.nodes}
+        sites = {name: nodes[site.node] for name, site in unit.links.contractions.items()}
+        unit.contraction_prices = {
+            name: {fmt: roofline(node, fmt, unit.target) for fmt in unit.target.formats}
+            for name, node in sites.items()
+        }
+        if unit.target.machine is not None:
+            self._measure(unit, unit.target.machine, sites)
+        return False
+
+    def _measure(self, unit: Unit, machine: Machine, sites: dict[str, fx.Node]) -> None:
+        slowest = machine.matmul_flops["fp32"]
+        formats = [name for name, rate in machine.matmul_flops.items() if rate >= slowest]
+        keys: dict[tuple[str, str], str] = {}
+        cases: dict[str, Callable[[], Any]] = {}
+        for name, node in sites.items():
+            for fmt in formats:
+                key, case = _case(node, fmt)
+                keys[name, fmt] = key
+                cases.setdefault(key, case)
+        known = len(set(cases) & set(machine.cases))
+        seconds = machine.seconds(cases)
+        unit.contraction_prices = {
+            name: {
+                fmt: seconds[keys[name, fmt]] if fmt in formats else price
+                for fmt, price in prices.items()
+            }
+            for name, prices in unit.contraction_prices.items()
+        }
+        unit.journal.note(
+            self.name,
+            f"{len(cases)} distinct calls on this machine: {len(cases) - known} timed now, "
+            f"{known} known from {machine.path.name}; not timed, slower than fp32: "
+            f"{', '.join(set(machine.matmul_flops) - set(formats)) or 'none'}",
+        )
+
+
+def roofline(node: fx.Node, fmt: str, target: Target) -> float:
+    """Predicted seconds of a contraction with operands in ``fmt`` (rule 1)."""
+    rule = contraction_rule(node)
+    if rule is None:
+        raise ValueError(f"{node.name} is no contraction")
+    operands = [shape_of(operand) for operand in operand_nodes(node)]
+    results = [shape_of(result) for result in output_nodes(node)]
+    width = FORMATS[fmt].bytes
+    result_width = width if width >= 2 else 2.0  # narrow formats accumulate into 16 bits
+    size = width * sum(map(prod, operands)) + result_width * sum(map(prod, results))
+    flops = rule.flops(operands, results[0] if results else ())
+    return target.contraction_seconds(flops, size, fmt)
+
+
+def _case(node: fx.Node, fmt: str) -> tuple[str, Callable[[], Any]]:
+    """The call of ``node`` in a format on random tensors, and the text that identifies it."""
+    dtype = FORMATS[fmt].dtype
+    assert dtype is not None
+    rounded = set(rounded_arguments(node).values())
+
+    def like(argument: fx.Node) -> Any:
+        value = value_of(argument)
+        if value is None:
+            return argument.meta["val"]
+        own = dtype if argument in rounded else value.dtype
+        return value.to(own)
+
+    args = fx.node.map_arg(node.args, like)
+    kwargs = fx.node.map_arg(node.kwargs, like)
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    key = f"{node.target} {layout_key(leaves)}"
+    return key, partial(_LazyCall(node.target, args, kwargs))
+
+
+class _LazyCall:
+    """A call whose random tensors are made when it first runs: known cases never make them."""
+
+    def __init__(self, target: Any, args: Any, kwargs: Any) -> None:
+        self.target, self.args, self.kwargs = target, args, kwargs
+        self.ready = False
+
+    def __call__(self) -> Any:
+        if not self.ready:
+            fill = partial(torch.utils._pytree.tree_map, _fill)
+            self.args, self.kwargs, self.ready = fill(self.args), fill(self.kwargs), True
+        return self.target(*self.args, **self.kwargs)
+
+
+def _fill(value: Any) -> Any:
+    return random_like(value, value.dtype) if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,1 @@
+"""Turn decisions the target has no plain operation for into ones it runs."""

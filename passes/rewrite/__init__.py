@@ -1,0 +1,1 @@
+"""Carry the assignment out on the graph."""

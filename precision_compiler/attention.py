@@ -1,0 +1,104 @@
+"""Fused attention written out in operations that can be differentiated twice.
+
+Used when a graph is interpreted for analysis; the compiled graph keeps the fused kernels.
+``tap`` sees every intermediate that the fused kernel rounds to its operands' format.
+Formulas: Dao et al., FlashAttention (2022), algorithms 1 and 4 without the tiling.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Tap = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _probabilities(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    causal: bool,
+    mask: torch.Tensor | None,
+    scale: float,
+    logsumexp: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention probabilities and the log of their normaliser, shapes (B, H, T, S), (B, H, T)."""
+    scores = query @ key.transpose(-1, -2) * scale
+    if mask is not None:
+        scores = (
+            scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -torch.inf)
+        )
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~seen, -torch.inf)
+    normaliser = scores.logsumexp(-1) if logsumexp is None else logsumexp
+    empty = normaliser.unsqueeze(-1) == -torch.inf  # rows that see nothing attend to nothing
+    shifted = torch.where(empty, -torch.inf, scores - normaliser.unsqueeze(-1))
+    return shifted.exp(), normaliser
+
+
+def _scale(query: torch.Tensor, scale: float | None) -> float:
+    return float(query.shape[-1]) ** -0.5 if scale is None else scale
+
+
+def _per_query_head(heads: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Repeat grouped key or value heads so that every query head has its own."""
+    return heads.repeat_interleave(query.shape[1] // heads.shape[1], 1)
+
+
+def _per_group(gradient: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """Sum a gradient over the query heads that shared a key or value head."""
+    batch, groups = heads.shape[:2]
+    return gradient.reshape(batch, groups, -1, *gradient.shape[2:]).sum(2)
+
+
+def forward(
+    tap: Tap,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and logsumexp of ``aten._scaled_dot_product_flash_attention_for_cpu``."""
+    key, value = _per_query_head(key, query), _per_query_head(value, query)
+    weights, normaliser = _probabilities(query, key, causal, attn_mask, _scale(query, scale), None)
+    return tap(weights) @ value, normaliser
+
+
+def backward(
+    tap: Tap,
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    dropout: float,
+    causal: bool,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value from the saved output and logsumexp."""
+    factor = _scale(query, scale)
+    keys, values = _per_query_head(key, query), _per_query_head(value, query)
+    weights, _ = _probabilities(query, keys, causal, attn_mask, factor, logsumexp)
+    along = (grad * out).sum(-1, keepdim=True)
+    scores = tap(weights * (grad @ values.transpose(-1, -2) - along))
+    rounded = tap(weights)
+    grad_value = rounded.transpose(-1, -2) @ grad
+    grad_query = scores @ keys * factor
+    grad_key = scores.transpose(-1, -2) @ query * factor
+    return grad_query, _per_group(grad_key, key), _per_group(grad_value, value)
+
+
+def substitutes() -> dict[Any, Callable[..., Any]]:
+    """The formula for each fused attention operation."""
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu.default: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward.default: backward,
+    }

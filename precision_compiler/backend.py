@@ -1,0 +1,163 @@
+"""The torch.compile backend "precision", and compiling a module in place."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from precision_compiler.calling import Loss, unbroken_by_logging
+from precision_compiler.capture import capture, captured_alone
+from precision_compiler.compiler import as_target, check_plan, make_plan, plan_for, rewrite
+from precision_compiler.errors import PlanError, PrecisionError
+from precision_compiler.joint import JointGraph, input_names, trace_joint
+from precision_compiler.plan import Budget, Plan
+from precision_compiler.target import Target
+from precision_compiler.toolchain import require_toolchain
+
+_ATTRIBUTE = "_precision_backend"  # where a module compiled in place keeps its backend
+_OPTIONS = ("target", "budget", "plan")
+
+
+class _Rewrite(CustomGraphPass):
+    """Carries a plan out on the joint graph that Inductor is about to compile."""
+
+    def __init__(self, plan: Plan, names: list[str], parameters: list[bool], strict: bool) -> None:
+        self.plan, self.names, self.parameters, self.strict = plan, names, parameters, strict
+
+    def __call__(self, graph: fx.Graph) -> None:
+        module = graph.owning_module
+        assert module is not None
+        joint = JointGraph.of(module, self.names, self.parameters)
+        rewrite(joint, self.plan, strict=self.strict and not joint.inference)
+
+    def uuid(self) -> str:
+        """The plan's decisions and our own source: Inductor's caches stay valid."""
+        return f"{self.plan.digest}-{_source_hash()}-{self.parameters}-{self.strict}"
+
+
+@cache
+def _source_hash() -> str:
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(get_hash_for_files(tuple(map(str, files)))).hexdigest()
+
+
+class PrecisionBackend:
+    """Compiles Dynamo's graphs through Inductor with the formats of a plan.
+
+    The first training graph decides the plan where none is given; later graphs of the same model
+    (evaluation mode, other batch shapes) follow it by site name.
+    """
+
+    def __init__(self, target: str | Target, budget: float | str, plan: Plan | None) -> None:
+        self.target, self.budget, self.plan = target, Budget.parse(budget), plan
+        self._compiled = False
+
+    def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one of Dynamo's graphs."""
+        if self.plan is None:
+            joint = trace_joint(module, inputs)
+            if joint.inference:
+                return _compile(module, inputs, {})
+            self.plan = plan_for(captured_alone(joint), as_target(self.target), self.budget)
+        parameters = [isinstance(value, nn.Parameter) for value in inputs]
+        hook = _Rewrite(self.plan, input_names(module), parameters, strict=not self._compiled)
+        patches: dict[str, Any] = {"joint_custom_pre_pass": hook}
+        if any(fmt != "fp32" for fmt in self.plan.assignment.values()):
+            # Without it, kernels pass values on unrounded where plan and prediction have them
+            # rounded: the error then is not the one that was predicted, and varies with fusion.
+            patches["emulate_precision_casts"] = True
+        compiled = _compile(module, inputs, patches)
+        self._compiled = self._compiled or torch.is_grad_enabled()
+        return compiled
+
+
+def _compile(
+    module: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]
+) -> Callable[..., Any]:
+    return compile_fx(module, list(inputs), config_patches=patches)  # type: ignore[return-value]
+
+
+def precision(
+    module: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The backend of ``torch.compile(model, backend="precision", options={...})``.
+
+    Args:
+        module: Dynamo's graph.
+        inputs: its inputs.
+        options: "target", "budget" and "plan", as in ``precision_compiler.compile``.
+
+    Raises:
+        PrecisionError: an option is unknown, or the plan cannot be made or does not match.
+    """
+    given = dict(options or {})
+    unknown = [name for name in given if name not in _OPTIONS]
+    if unknown:
+        raise PrecisionError(f"unknown option {unknown[0]!r}: choose from {', '.join(_OPTIONS)}")
+    backend = PrecisionBackend(
+        given.get("target", "auto"), given.get("budget", "autocast"), given.get("plan")
+    )
+    return backend(module, inputs)
+
+
+def compile(
+    model: nn.Module,
+    batch: Any = None,
+    *,
+    loss: Loss | None = None,
+    target: str | Target = "auto",
+    budget: float | str = "autocast",
+    plan: Plan | None = None,
+) -> nn.Module:
+    """Compile a module in place with the formats of a plan, and return it.
+
+    The object, its ``state_dict`` keys and its parameters' dtypes stay what they are.
+
+    Args:
+        model: the module.
+        batch: a training batch to plan on now: a tensor, a tuple of arguments or a dict of
+            keywords. Without it the first training call decides, on its own batch.
+        loss: ``loss(output, batch)`` where the model does not return its loss.
+        target: machine to plan for, "auto" for this one.
+        budget: largest relative gradient error, or "autocast".
+        plan: a plan made earlier, on this or another machine; nothing is analysed then.
+
+    Raises:
+        CaptureError, BudgetError, TargetError, PlanMismatch, ToolchainError: each says what to
+            do; the model is left as it was.
+    """
+    require_toolchain()
+    if plan is not None and not isinstance(plan, Plan):
+        raise PlanError(f"plan is a {type(plan).__name__}: read plan files with Plan.load(path)")
+    Budget.parse(budget)
+    if plan is not None and batch is not None:
+        check_plan(plan, capture(model, batch, loss).joint.sites)
+    elif plan is None and batch is not None:
+        plan = make_plan(model, batch, loss=loss, target=target, budget=budget)
+    elif plan is None:
+        as_target(target)
+    backend = PrecisionBackend(target, budget, plan)
+    compiled = torch.compile(model._call_impl, backend=backend)  # what model.compile does
+    model._compiled_call_impl = unbroken_by_logging(compiled)
+    model.__dict__[_ATTRIBUTE] = backend
+    return model
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan a compiled model runs with.
+
+    Raises:
+        PlanError: the model was not compiled by us, or has not run a training batch yet.
+    """
+    backend = model.__dict__.get(_ATTRIBUTE)
+    if not isinstance(backend, PrecisionBackend) or model._compiled_call_impl is None:
+        raise PlanError("this model is not compiled: call precision_compiler.compile(model) first")
+    if backend.plan is None:
+        raise PlanError("the plan is decided by the first training batch: run one, then ask again")
+    return backend.plan

@@ -1,0 +1,218 @@
+"""The command `precision-compiler`: what each subcommand takes, and what it does with it."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from precision_compiler import Plan, Target, export_onnx, make_plan
+from precision_compiler.demo import Demo, run_demo
+from precision_compiler.errors import PrecisionError
+from precision_compiler.report.show import show_plan
+from precision_compiler.report.targets import show_targets
+from precision_compiler.workload import load_workload
+
+DESCRIPTION = """\
+Decides, for every operation of a Transformer's training step, which number format it
+computes in and which format its result is kept in: as fast as possible, with a gradient
+error that stays within a budget. The decision is a plan, a file you can read and ship.
+"""
+EXAMPLES = """\
+start here:
+  precision-compiler demo --quick            train a small GPT three ways and compare
+
+then with your own model; train.py has a function `workload` without arguments that
+returns precision_compiler.Workload(model, batches):
+  precision-compiler plan train.py:workload -o plan.json
+  precision-compiler show plan.json --sites
+  precision-compiler plan train.py:workload --target h100 --budget 0.01
+  precision-compiler export train.py:workload plan.json -o model.onnx
+
+and in a training script:
+  precision_compiler.compile(model, batch)   before the first step
+"""
+WORKLOAD = "file.py:function or package.module:function; it returns a Workload(model, batches)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, or 2 after a mistake of the user."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = options.command
+    try:
+        command(options)
+    except PrecisionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="precision-compiler",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_plan(commands)
+    _add_show(commands)
+    _add_export(commands)
+    _add_targets(commands)
+    return parser
+
+
+def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="train a small GPT in fp32, with autocast and with a plan, and compare",
+        description="Trains a byte-level GPT on the text of Python's own manual, three ways from "
+        "the same initial weights: fp32, torch.autocast in bf16, and a plan of this package. "
+        "Prints time, loss and gradient error; writes plan.json, loss.png, model.onnx and "
+        "results.json. Needs no data and no network; about 10 minutes on 2 cores.",
+    )
+    parser.add_argument("--quick", action="store_true", help="smaller model, within 3 minutes")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("precision-compiler-demo"),
+        metavar="FOLDER",
+        help="folder for what it writes (default: %(default)s)",
+    )
+    parser.set_defaults(command=_demo)
+
+
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="make a plan for a model and write it to a file",
+        description="Captures one training step of the workload's model, predicts time and "
+        "gradient error of each choice, and writes the fastest plan within the budget.",
+        epilog="example: precision-compiler plan train.py:workload -o plan.json --target h100",
+    )
+    parser.add_argument("workload", metavar="WORKLOAD", help=WORKLOAD)
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("plan.json"), metavar="FILE",
+        help="where to write the plan (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target", default="auto", metavar="T",
+        help="machine to plan for: a name from `precision-compiler targets`, a TOML file, "
+        "or auto for this machine (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", default="autocast", metavar="B",
+        help="largest relative gradient error, such as 0.01, or autocast for no more than "
+        "torch.autocast in bf16 would cause (default: %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(command=_plan)
+
+
+def _add_show(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "show",
+        help="print a plan as tables",
+        description="Prints a plan: predicted time and error, formats by layer and role.",
+        epilog="example: precision-compiler show plan.json --sites",
+    )
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan.json")
+    parser.add_argument(
+        "--sites", action="store_true", help="also list every site with the reason for its format"
+    )
+    parser.set_defaults(command=_show)
+
+
+def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a model with its plan as annotated ONNX",
+        description="Writes the forward graph as ONNX with the plan's casts in it and the plan in "
+        "its metadata, then checks the file and runs it once.",
+        epilog="example: precision-compiler export train.py:workload plan.json -o model.onnx",
+    )
+    parser.add_argument("workload", metavar="WORKLOAD", help=WORKLOAD)
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="the plan made for this workload")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("model.onnx"), metavar="FILE",
+        help="where to write the model (default: %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(command=_export)
+
+
+def _add_targets(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "targets",
+        help="list the machines that plans can be made for",
+        description="Lists the known machines with the formats they run and how fast.",
+    )
+    parser.set_defaults(command=_targets)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    run_demo(Demo.quick() if options.quick else Demo.full(), options.output, Console())
+
+
+def _plan(options: argparse.Namespace) -> None:
+    workload = load_workload(options.workload)
+    _require_folder(options.output)
+    with _spinner("loading the model") as report:
+        plan = make_plan(
+            workload.model,
+            workload.first_batch(),
+            loss=workload.loss,
+            target=options.target,
+            budget=_budget(options.budget),
+            progress=report,
+        )
+    plan.save(options.output)
+    console = Console()
+    show_plan(plan, console)
+    console.print(f"wrote {options.output}", soft_wrap=True)
+
+
+def _show(options: argparse.Namespace) -> None:
+    show_plan(Plan.load(options.plan), Console(), every_site=options.sites)
+
+
+def _export(options: argparse.Namespace) -> None:
+    workload = load_workload(options.workload)
+    plan = Plan.load(options.plan)
+    _require_folder(options.output)
+    with _spinner("exporting"):
+        export_onnx(workload.model, workload.first_batch(), plan, options.output)
+    Console().print(f"wrote {options.output}", soft_wrap=True)
+
+
+def _targets(options: argparse.Namespace) -> None:
+    with _spinner("measuring this machine"):
+        targets = [Target.load(name) for name in Target.names()]
+    show_targets(targets, Console())
+
+
+def _budget(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _require_folder(path: Path) -> None:
+    """Minutes of planning must not end in a file that cannot be written."""
+    if not path.parent.is_dir():
+        raise PrecisionError(f"there is no folder {path.parent} to write {path.name} in: create it")
+
+
+@contextmanager
+def _spinner(first: str) -> Iterator[Callable[[str], None]]:
+    """Shows what is going on and for how long; yields the function that says what is next."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(first)
+        yield lambda sentence: progress.update(task, description=sentence)

@@ -1,0 +1,144 @@
+"""Read this first: model and batch -> capture -> analyse -> cost -> assign -> rewrite -> plan."""
+
+from typing import Any
+
+from torch import fx, nn
+
+from precision_compiler.calling import Loss
+from precision_compiler.capture import Captured, capture
+from precision_compiler.errors import PlanMismatch
+from precision_compiler.joint import JointGraph
+from precision_compiler.journal import Journal
+from precision_compiler.passes import DECIDE, REWRITE
+from precision_compiler.pipeline import Pipeline, Progress, Unit
+from precision_compiler.plan import Budget, Plan
+from precision_compiler.record import plan_of_unit
+from precision_compiler.sites import Site, find_sites, fingerprint
+from precision_compiler.target import Target
+
+
+def make_plan(
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss: Loss | None = None,
+    target: str | Target = "auto",
+    budget: float | str = "autocast",
+    progress: Progress | None = None,
+) -> Plan:
+    """Decide the formats of a model's training graph without compiling it.
+
+    Args:
+        model: the module, in the mode it trains in; left as it was.
+        batch: a tensor, a tuple of arguments or a dict of keywords for the model.
+        loss: ``loss(output, batch)`` giving a scalar; without it the model's output is the loss
+            or has ``.loss``.
+        target: "auto" for this machine, a shipped target's name, a TOML file or a ``Target``.
+        budget: largest relative gradient error, or "autocast": what torch.autocast would cause.
+        progress: called with a short sentence before each step.
+
+    Raises:
+        BudgetError, TargetError, CaptureError, AnalysisError: see there; each says what to do.
+    """
+    wanted = Budget.parse(budget)
+    say = progress or _silent
+    say("Load the target")
+    machine = as_target(target)
+    say("Capture the joint forward and backward graph")
+    return plan_for(capture(model, batch, loss), machine, wanted, say)
+
+
+def as_target(target: str | Target) -> Target:
+    """A target itself, or the one with that name.
+
+    Raises:
+        TargetError: there is none.
+    """
+    return target if isinstance(target, Target) else Target.load(target)
+
+
+def plan_for(
+    captured: Captured, target: Target, budget: Budget, progress: Progress | None = None
+) -> Plan:
+    """Decide the formats of a captured graph: DECIDE, then REWRITE on a copy to see the result."""
+    journal = Journal()
+    unit = Unit(captured.joint.copy(), target, budget, journal, captured)
+    Pipeline(DECIDE).run(unit, progress)
+    Pipeline(REWRITE, given=frozenset({"assignment"})).run(unit, progress)
+    return plan_of_unit(unit, captured.origin)
+
+
+def rewritten(joint: JointGraph, plan: Plan) -> fx.GraphModule:
+    """The joint graph as the plan has it, on a copy; the sites must match.
+
+    Raises:
+        PlanMismatch: the plan belongs to another model; names the first site that differs.
+    """
+    copy = joint.copy()
+    rewrite(copy, plan)
+    return copy.module
+
+
+def rewrite(joint: JointGraph, plan: Plan, *, strict: bool = True) -> Journal:
+    """Rewrite a joint graph in place as the plan has it.
+
+    Args:
+        joint: the graph.
+        plan: made for this model, on any batch.
+        strict: the sites must match one to one; otherwise sites the plan does not know (another
+            batch shape, evaluation mode) stay in float32.
+
+    Raises:
+        PlanMismatch: the plan belongs to another model; names the first site that differs.
+    """
+    sites = find_sites(joint.module.graph, joint.parameters, joint.saved)
+    if strict:
+        check_plan(plan, sites)
+    journal = Journal()
+    unit = Unit(joint, None, plan.budget, journal, assignment=plan.assignment)
+    Pipeline(REWRITE, given=frozenset({"assignment"})).run(unit)
+    return journal
+
+
+def check_plan(plan: Plan, sites: tuple[Site, ...]) -> None:
+    """Compare a plan's contraction sites with a graph's.
+
+    Raises:
+        PlanMismatch: names the first site that the other side lacks or has in another shape.
+    """
+    found = {site.name: site for site in sites if site.kind == "contraction"}
+    planned = {name: site for name, site in plan.sites.items() if site.kind == "contraction"}
+    advice = "make a plan for this model with make_plan"
+    for name, choice in planned.items():
+        if name not in found:
+            raise PlanMismatch(f"the plan has a site {name} that this model lacks: {advice}")
+        if found[name].signature != choice.signature:
+            raise PlanMismatch(
+                f"site {name} is {found[name].signature} in this model but {choice.signature} in "
+                f"the plan: {advice}"
+            )
+    for name in found:
+        if name not in planned:
+            raise PlanMismatch(f"this model has a site {name} that the plan lacks: {advice}")
+    if fingerprint(sites) != plan.fingerprint:
+        raise PlanMismatch(f"the plan's sites are those of this model in another order: {advice}")
+
+
+def check_forward(plan: Plan, sites: tuple[Site, ...]) -> None:
+    """Compare the contractions of a forward graph with a plan, which may know more.
+
+    Raises:
+        PlanMismatch: names the first contraction that the plan lacks or has in another shape.
+    """
+    for site in sites:
+        choice = plan.sites.get(site.name)
+        if site.kind == "contraction" and (choice is None or choice.signature != site.signature):
+            known = "lacks it" if choice is None else f"has {choice.signature}"
+            raise PlanMismatch(
+                f"site {site.name} is {site.signature} in this model but the plan {known}: make a "
+                "plan for this model with make_plan"
+            )
+
+
+def _silent(_message: str) -> None:
+    """Progress that nobody asked for."""

@@ -1,0 +1,162 @@
+"""Plans leave as annotated ONNX models."""
+
+import base64
+import inspect
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from precision_compiler.capture import capture_inference
+from precision_compiler.compiler import check_forward, rewrite
+from precision_compiler.errors import ExportError
+from precision_compiler.export.onnx_writer import GraphInput, OnnxReport, read_metadata, write_onnx
+from precision_compiler.facts import facts_of
+from precision_compiler.graph import root_of
+from precision_compiler.joint import JointGraph
+from precision_compiler.passes.lower.round_operands import ROUND_OPERAND
+from precision_compiler.plan import NodeChoice, Plan
+from precision_compiler.record import node_choices
+
+PLAN_KEY = "precision_compiler.plan.zlib.base64"
+_PREFIX = "precision_compiler."
+
+
+def export_onnx(
+    model: nn.Module, batch: Any, plan: Plan, path: str | os.PathLike[str]
+) -> OnnxReport:
+    """Write a model's forward graph with a plan's casts as ONNX (opset 23), checked and run.
+
+    Args:
+        model: the module; exported in evaluation mode and left as it was.
+        batch: an inference batch (tensor, tuple of arguments or dict of keywords); its shapes
+            become the model's.
+        plan: made for this model with ``make_plan`` or ``compile``.
+        path: the file; written whole or not at all.
+
+    The whole plan stands in the model's metadata, and every node carries its formats and the
+    reason. ``read_plan`` gets the plan back.
+
+    Raises:
+        CaptureError: the model fails on the batch.
+        PlanMismatch: the plan belongs to another model.
+        ExportError: an operation has no ONNX form, or the file fails its check.
+    """
+    joint = capture_inference(model, batch)
+    check_forward(plan, joint.sites)
+    rewrite(joint, plan, strict=False)
+    _leave_tf32_to_hardware(joint.module)
+    inputs, parameters = _inputs(model, batch, joint)
+    return write_onnx(
+        joint.module,
+        parameters=parameters,
+        inputs=inputs,
+        annotations=_annotations(joint.module.graph, plan),
+        model_metadata=_metadata(plan),
+        path=Path(path),
+    )
+
+
+def _leave_tf32_to_hardware(module: fx.GraphModule) -> None:
+    """tf32 operands are float32 in memory: the annotation says it, the graph needs no operation."""
+    for node in list(module.graph.nodes):
+        if node.target is ROUND_OPERAND and node.args[1] == "tf32":
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.recompile()
+
+
+def read_plan(path: str | os.PathLike[str]) -> Plan:
+    """Read the plan back from an exported file.
+
+    Raises:
+        ExportError: the file cannot be read or carries no plan.
+        PlanError: the plan in it is damaged.
+    """
+    found = read_metadata(Path(path))
+    if PLAN_KEY not in found:
+        raise ExportError(f"{path} carries no plan: export it with export_onnx")
+    try:
+        text = zlib.decompress(base64.b64decode(found[PLAN_KEY]))
+    except (ValueError, zlib.error) as error:
+        raise ExportError(f"the plan in {path} is damaged: {error}") from error
+    return Plan.from_json(text, f"the plan in {path}")
+
+
+def _metadata(plan: Plan) -> dict[str, str]:
+    packed = base64.b64encode(zlib.compress(plan.to_json().encode())).decode()
+    return {
+        PLAN_KEY: packed,
+        f"{_PREFIX}target": plan.target,
+        f"{_PREFIX}budget": f"{plan.budget.asked} = {plan.budget.limit:.4g}",
+        f"{_PREFIX}fingerprint": plan.fingerprint,
+        f"{_PREFIX}predicted_gradient_error": f"{plan.predicted_gradient_error:.4g}",
+        f"{_PREFIX}predicted_seconds": f"{plan.predicted_seconds:.4g}",
+        f"{_PREFIX}versions": json.dumps(dict(plan.versions)),
+    }
+
+
+def _inputs(
+    model: nn.Module, batch: Any, joint: JointGraph
+) -> tuple[list[GraphInput], dict[str, tuple[str, torch.Tensor]]]:
+    """Tell the batch's tensors, which become model inputs, from what the model holds."""
+    public = _public_names(model, batch)
+    inputs, constants = [], {}
+    holders = joint.module.graph.find_nodes(op="placeholder")
+    for node, name, value in zip(holders, joint.names, joint.inputs, strict=True):
+        if not isinstance(value, torch.Tensor):
+            raise ExportError(f"input {name} is {type(value).__name__}, not a tensor: make it one")
+        if id(value) in public:
+            inputs.append(GraphInput(node.name, public[id(value)], value))
+        else:
+            constants[node.name] = (name, value.detach())
+    return inputs, constants
+
+
+def _public_names(model: nn.Module, batch: Any) -> dict[int, str]:
+    """Name of every tensor of a batch, by the model's own argument names."""
+    if isinstance(batch, Mapping):
+        named: dict[str, Any] = dict(batch)
+    else:
+        values = batch if isinstance(batch, Sequence) else (batch,)
+        named = dict(inspect.signature(model.forward).bind(*values).arguments)
+    names = {}
+    for name, value in named.items():
+        leaves = [
+            leaf
+            for leaf in torch.utils._pytree.tree_leaves(value)
+            if isinstance(leaf, torch.Tensor)
+        ]
+        for index, leaf in enumerate(leaves):
+            names[id(leaf)] = name if len(leaves) == 1 else f"{name}_{index}"
+    return names
+
+
+def _annotations(graph: fx.Graph, plan: Plan) -> dict[str, dict[str, str]]:
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    choices = node_choices(graph, plan.sites)
+    return {
+        node.name: _annotation(node, choice) for node, choice in zip(nodes, choices, strict=True)
+    }
+
+
+def _annotation(node: fx.Node, choice: NodeChoice) -> dict[str, str]:
+    owner = facts_of(root_of(node))
+    words = {
+        "node": choice.name,
+        "compute_format": choice.compute_format,
+        "storage_format": choice.storage_format,
+        "reason": choice.reason,
+        "predicted_seconds": f"{choice.seconds:.4g}",
+        "predicted_error": f"{choice.error:.4g}",
+    }
+    if choice.site is not None:
+        words["site"] = choice.site
+    if owner is not None and owner.name != choice.name:
+        words["shows"] = owner.name
+    return {f"{_PREFIX}{key}": value for key, value in words.items()}

@@ -1,0 +1,168 @@
+"""Runs an ONNX file in onnxruntime's CPU provider, whose kernels for bfloat16 are few.
+
+Each operation is offered to it alone; those it lacks run in float32 between casts, in a copy in
+memory. The file itself is never changed.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime  # type: ignore[import-untyped]
+import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # type: ignore[import-untyped]
+
+ORT_ERRORS = (
+    ort_state.EPFail,
+    ort_state.EngineError,
+    ort_state.Fail,
+    ort_state.InvalidArgument,
+    ort_state.InvalidGraph,
+    ort_state.InvalidProtobuf,
+    ort_state.NoSuchFile,
+    ort_state.NotImplemented,
+    ort_state.RuntimeException,
+)
+"""What onnxruntime raises when it cannot load or run a model; they share no base class."""
+
+_LOW = frozenset(
+    {
+        ir.DataType.BFLOAT16,
+        ir.DataType.FLOAT16,
+        ir.DataType.FLOAT8E4M3FN,
+        ir.DataType.FLOAT8E5M2,
+    }
+)
+_NUMPY_LACKS = _LOW - {ir.DataType.FLOAT16}
+_KERNELS: dict[tuple[object, ...], bool] = {}
+"""What onnxruntime has been asked so far: (operation, opset, types) -> has a kernel."""
+
+
+def run_file(path: Path, inputs: Mapping[str, torch.Tensor]) -> tuple[list[torch.Tensor], int]:
+    """Outputs of the model, and how many of its nodes had to be emulated."""
+    model = ir.load(path)
+    emulated = _emulate(model)
+    outer = _widen_boundary(model)
+    if emulated or outer:
+        content = ir.to_proto(model).SerializeToString()
+        session = _session(content, path.parent)
+    else:
+        session = _session(str(path))
+    held = {given.name for given in session.get_inputs()}
+    feed = {name: _numpy_ready(x) for name, x in inputs.items() if name in held}
+    return [torch.from_numpy(array) for array in session.run(None, feed)], emulated
+
+
+def _numpy_ready(x: torch.Tensor) -> object:
+    dtype = ir.tensor_adapters.from_torch_dtype(x.dtype)
+    return (x.float() if dtype in _NUMPY_LACKS else x).detach().cpu().numpy()
+
+
+def _emulate(model: ir.Model) -> int:
+    """Put float32 casts around each node without a kernel; return how many there were."""
+    opsets = model.opset_imports
+    lacking = [node for node in model.graph if not _has_kernel(node, opsets)]
+    for node in lacking:
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype in _LOW:
+                cast = _cast(value, ir.DataType.FLOAT)
+                model.graph.insert_before(node, cast)
+                node.replace_input_with(index, cast.outputs[0])
+        for value in node.outputs:
+            if value.dtype in _LOW:
+                _round_after(model.graph, node, value)
+    return len(lacking)
+
+
+def _cast(value: ir.Value, dtype: ir.DataType, output: ir.Value | None = None) -> ir.Node:
+    made = output or ir.Value(type=ir.TensorType(dtype), shape=value.shape)
+    node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype)], outputs=[made])
+    return node
+
+
+def _round_after(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
+    """Let ``node`` produce float32, and round it to the value its consumers read."""
+    low = value.dtype
+    assert low is not None
+    rounding = _cast(value, low)
+    rounded = rounding.outputs[0]
+    graph.insert_after(node, rounding)
+    uses = [use for use in value.uses() if use.node is not rounding]
+    for use in uses:
+        use.node.replace_input_with(use.idx, rounded)
+    graph.outputs[:] = [rounded if output is value else output for output in graph.outputs]
+    value.type = ir.TensorType(ir.DataType.FLOAT)
+
+
+def _widen_boundary(model: ir.Model) -> bool:
+    """Make inputs and outputs of formats that numpy lacks float32; return if there were any."""
+    graph, changed = model.graph, False
+    for value in graph.inputs:
+        if value.dtype in _NUMPY_LACKS:
+            low, uses = value.dtype, list(value.uses())
+            cast = _cast(value, low)
+            value.type, changed = ir.TensorType(ir.DataType.FLOAT), True
+            for use in uses:
+                use.node.replace_input_with(use.idx, cast.outputs[0])
+            graph.insert_before(graph[0], cast)
+    for index, value in enumerate(graph.outputs):
+        if value.dtype in _NUMPY_LACKS:
+            cast = _cast(value, ir.DataType.FLOAT)
+            graph.append(cast)
+            graph.outputs[index], changed = cast.outputs[0], True
+    return changed
+
+
+def _has_kernel(node: ir.Node, opsets: Mapping[str, int]) -> bool:
+    """Whether onnxruntime's CPU provider runs the node in the formats it is given."""
+    types = tuple(value.dtype if value is not None else None for value in node.inputs)
+    made = tuple(value.dtype for value in node.outputs)
+    if not _LOW.intersection((*types, *made)):
+        return True
+    key = (node.domain, node.op_type, opsets[node.domain], types, made)
+    if key not in _KERNELS:
+        _KERNELS[key] = _loads_alone(node, opsets)
+    return _KERNELS[key]
+
+
+def _loads_alone(node: ir.Node, opsets: Mapping[str, int]) -> bool:
+    """Ask onnxruntime: load a model of this one node.
+
+    Only "not implemented" counts as an answer: whatever else is wrong with the node on its own
+    will show again, and be reported, when the whole model is loaded.
+    """
+    given = {value: _like(value) for value in node.inputs if value is not None}
+    made = [_like(value) for value in node.outputs]
+    alone = ir.Node(
+        node.domain,
+        node.op_type,
+        [given[value] if value is not None else None for value in node.inputs],
+        node.attributes,
+        outputs=made,
+    )
+    graph = ir.Graph(
+        list(given.values()), made, nodes=[alone], opset_imports=dict(opsets), name="probe"
+    )
+    content = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    try:
+        _session(content)
+    except ort_state.NotImplemented:
+        return False
+    except ORT_ERRORS:
+        return True
+    return True
+
+
+def _like(value: ir.Value) -> ir.Value:
+    return ir.Value(name=value.name, type=value.type, shape=value.shape)
+
+
+def _session(model: bytes | str, folder: Path | None = None) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    if folder is not None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(folder)
+        )
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,248 @@
+"""Turns a forward graph of ATen operations into an annotated ONNX model in memory.
+
+The graph is traced again with torch.export, because the exporter wants its program. Parameters
+are graph inputs here, so that no clean-up can fold, merge or rename them. A node is never
+recognised by its name, which the exporter changes, but by an id carried in
+``node.meta["custom"]``.
+"""
+
+import contextlib
+import itertools
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as clean_up
+import onnxscript.optimizer
+import torch
+from torch import fx
+
+from precision_compiler.errors import ExportError
+
+OPSET = 23
+ORIGIN = "precision_compiler.origin"
+"""Metadata key of every ONNX node: the fx node it comes from, or ``exporter``."""
+
+CONSTANT_PREFIX = "body."
+"""What the exporter puts before the names of tensors that the graph module itself holds."""
+
+_FX_NODE = "precision_compiler.fx_node"
+
+aten = torch.ops.aten
+
+
+def translate(
+    module: fx.GraphModule,
+    arguments: list[torch.Tensor],
+    annotations: Mapping[str, Mapping[str, str]],
+) -> ir.Model:
+    """Return the ONNX form of ``module``, every node annotated.
+
+    Args:
+        module: functional ATen operations; it is not changed.
+        arguments: an example of every placeholder, on the CPU.
+        annotations: fx node name -> entries for every ONNX node that comes from it.
+
+    Raises:
+        ExportError: an operation has no ONNX form; the message names the node.
+    """
+    program = _export(module, arguments)
+    _annotate(program, annotations)
+    _tidy(program.model)
+    return program.model
+
+
+def _var_mean(
+    x: torch.Tensor,
+    dim: list[int] | None = None,
+    *,
+    correction: float | None = None,
+    keepdim: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One operation each, where the exporter's own decomposition makes six."""
+    dims = list(range(x.dim())) if dim is None else dim
+    variance = aten.var.correction(x, dims, correction=correction, keepdim=keepdim)
+    return variance, aten.mean.dim(x, dims, keepdim)
+
+
+def _split(x: torch.Tensor, sizes: int | list[int], dim: int = 0) -> list[torch.Tensor]:
+    """Slices, which keep their origin; the exporter's sequence of tensors loses it."""
+    if isinstance(sizes, int):
+        sizes = [min(sizes, x.shape[dim] - start) for start in range(0, x.shape[dim], sizes)]
+    ends = list(itertools.accumulate(sizes))
+    return [x.narrow(dim, end - size, size) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _iota(length: int, *, start: int, step: int, dtype: torch.dtype, **_: Any) -> torch.Tensor:
+    return torch.arange(start, start + length * step, step, dtype=dtype)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[torch.Tensor]:
+    """The first output only: the others are for the backward pass."""
+    grouped = query.shape[1] != key.shape[1]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    where = (attn_mask, dropout_p, is_causal)
+    return (attend(query, key, value, *where, scale=scale, enable_gqa=grouped),)
+
+
+_EXPORTABLE: Mapping[Any, Callable[..., Any]] = {
+    aten.var_mean.correction: _var_mean,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+    aten.view.default: aten.reshape.default,  # strides may differ from those traced before
+    torch.ops.prims.iota.default: _iota,
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
+}
+"""Operations that the exporter does not know or does badly, in terms of those it knows."""
+
+
+class _Rerun(fx.Interpreter):
+    """Runs a graph with exportable operations in place of the others, on the CPU."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        return super().call_function(_EXPORTABLE.get(target, target), args, kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            return super().run_node(n)
+        except (RuntimeError, TypeError, IndexError) as error:
+            reason = str(error).strip().splitlines()[:1]
+            raise ExportError(_cannot(n, reason[0] if reason else "it cannot be traced")) from error
+
+
+class _Program(torch.nn.Module):
+    def __init__(self, body: fx.GraphModule) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, *arguments: torch.Tensor) -> Any:
+        rerun = _Rerun(self.body)
+        rerun.extra_traceback = False  # errors name the node already, and stay one line
+        return rerun.run(*arguments)
+
+
+def _cannot(node: fx.Node, reason: str) -> str:
+    return f"node {node.name} ({node.target}) cannot be written as ONNX: {reason}"
+
+
+def _marked_copy(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy without dead code whose nodes carry their name as id, and nothing else."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in module.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].meta = {"custom": {_FX_NODE: node.name}}
+    copy = fx.GraphModule(module, graph)
+    copy.graph.eliminate_dead_code()
+    return copy
+
+
+def _export(module: fx.GraphModule, arguments: list[torch.Tensor]) -> torch.onnx.ONNXProgram:
+    marked = _marked_copy(module)
+    with torch.no_grad(), _quiet(), torch.fx.traceback.preserve_node_meta():
+        program = torch.export.export(_Program(marked).eval(), tuple(arguments))
+        try:
+            # Not optimised: that would rename and merge parameters and drop annotations.
+            exported = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ExportError(_blame(error, module)) from error
+    if exported is None:
+        raise ExportError("torch.onnx.export returned no model")
+    return exported
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence remarks of the exporter about itself and about packages nobody asked for."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _blame(error: BaseException, module: fx.GraphModule) -> str:
+    """Name the node of the user's graph that the exporter stumbled over.
+
+    The exporter reports a node of its own graph; the operation is what both have in common.
+    """
+    text, cause = "", error.__cause__
+    while cause is not None:
+        text, cause = f"{text}\n{cause}", cause.__cause__
+    found = re.search(r"translating node .*?target=torch\.ops\.([\w.]+)", text)
+    if found is None:
+        return f"the graph cannot be written as ONNX: {str(error).strip().splitlines()[0]}"
+    target = found[1]
+    reason = "no ONNX translation" if "No ONNX function" in text else "its translation failed"
+    same = [node for node in module.graph.nodes if str(node.target) == target]
+    if not same:
+        return f"operation {target}, made while exporting, cannot be written as ONNX: {reason}"
+    return _cannot(same[0], reason + (f" ({len(same)} such nodes)" if len(same) > 1 else ""))
+
+
+# --- annotations and tidying --------------------------------------------------------------------
+
+
+def _annotate(
+    program: torch.onnx.ONNXProgram, annotations: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Replace the exporter's metadata, which quotes source code and paths, by our own.
+
+    The exporter calls a value by the name of its own fx node. That finds the origin of a node
+    which it inlined from a function, where it keeps no link to the fx node.
+    """
+    made = program.exported_program.graph.nodes if program.exported_program else ()
+    origins = {node.name: node.meta.get("custom", {}).get(_FX_NODE) for node in made}
+    program.model.graph.metadata_props.clear()
+    for node in program.model.graph:
+        source = node.meta.get("node")
+        names = [source.name] if source is not None else [out.name for out in node.outputs]
+        origin = next((origins[name] for name in names if name in origins), None)
+        node.metadata_props.clear()
+        if origin is not None:
+            node.metadata_props.update({**annotations.get(origin, {}), ORIGIN: origin})
+
+
+def _tidy(model: ir.Model) -> None:
+    """Inline functions, compute constants and lift them; nodes this made are annotated too."""
+    clean_up.InlinePass()(model)
+    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
+    clean_up.RemoveUnusedNodesPass()(model)
+    clean_up.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    clean_up.DeduplicateInitializersPass()(model)
+    clean_up.OutputFixPass()(model)
+    clean_up.RemoveUnusedOpsetsPass()(model)
+    for node in model.graph:
+        if ORIGIN not in node.metadata_props:
+            node.metadata_props.update({**_nearest_entries(node), ORIGIN: "exporter"})
+
+
+def _nearest_entries(start: ir.Node) -> Mapping[str, str]:
+    """The entries of the nearest node with an origin in fx, consumers before producers."""
+    queue, seen = [start], {start}
+    for node in queue:
+        if node.metadata_props.get(ORIGIN, "exporter") != "exporter":
+            return node.metadata_props
+        around = [*node.successors(), *node.predecessors()]
+        queue += [other for other in around if other not in seen]
+        seen.update(around)
+    return {}

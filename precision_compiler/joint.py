@@ -1,0 +1,153 @@
+"""The joint forward and backward graph that Inductor compiles, and how to get hold of it.
+
+Inductor itself produces the graph: ``compile_fx`` runs with a stub in place of code generation
+and our hook at ``joint_custom_pre_pass``, so what is analysed here is what is compiled later.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from precision_compiler.errors import CaptureError
+from precision_compiler.graph import copied
+from precision_compiler.sites import Site, find_sites
+
+
+@dataclass
+class JointGraph:
+    """One graph as Inductor's joint hook sees it, with the values of its inputs.
+
+    Attributes:
+        module: the graph; forward and backward together unless ``inference``.
+        inputs: real values of the ``primals`` placeholders, in order.
+        names: a human name for each of them: dotted parameter name or input name.
+        parameters: names of the placeholders that are parameters.
+        saved: names of the nodes that Inductor's partitioner keeps for the backward pass.
+        outputs: number of results of the forward pass.
+        inference: whether there is no backward pass.
+    """
+
+    module: fx.GraphModule
+    inputs: list[Any]
+    names: list[str]
+    parameters: frozenset[str]
+    outputs: int
+    saved: frozenset[str] = frozenset()
+    inference: bool = False
+    _sites: tuple[Site, ...] | None = field(default=None, repr=False)
+
+    @staticmethod
+    def of(module: fx.GraphModule, names: list[str], parameters: list[bool]) -> "JointGraph":
+        """Describe a graph at the joint hook, without values of its inputs.
+
+        Args:
+            module: the graph.
+            names: human name of every input.
+            parameters: which inputs are parameters.
+        """
+        holders = module.graph.find_nodes(op="placeholder")
+        tangents = [node for node in holders if "tangents" in str(node.target)]
+        primals = [node for node in holders if node not in tangents]
+        if len(primals) != len(names):
+            raise CaptureError(
+                f"the graph has {len(primals)} inputs but the model was called with {len(names)}: "
+                "pass tensors that do not share memory"
+            )
+        results = module.graph.output_node().args[0]
+        assert isinstance(results, (list, tuple))
+        weights = frozenset(
+            node.name for node, known in zip(primals, parameters, strict=True) if known
+        )
+        outputs = len(results) - (len(primals) if tangents else 0)
+        return JointGraph(module, [], names, weights, outputs, inference=not tangents)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The decision points; finding them names the graph's nodes."""
+        if self._sites is None:
+            self._sites = find_sites(self.module.graph, self.parameters, self.saved)
+        return self._sites
+
+    def copy(self) -> "JointGraph":
+        """The same with a graph of its own, to be rewritten."""
+        return JointGraph(
+            copied(self.module), self.inputs, self.names, self.parameters, self.outputs,
+            self.saved, self.inference, self._sites,
+        )  # fmt: skip
+
+
+class _Hook(CustomGraphPass):
+    """Calls a function with the graph at Inductor's joint hook; never cached."""
+
+    def __init__(self, action: Callable[[fx.GraphModule], None]) -> None:
+        self.action = action
+
+    def __call__(self, graph: fx.Graph) -> None:
+        module = graph.owning_module
+        assert module is not None
+        self.action(module)
+
+    def uuid(self) -> None:
+        return None
+
+
+def trace_joint(module: fx.GraphModule, inputs: Sequence[Any]) -> JointGraph:
+    """Run Inductor up to code generation on a Dynamo graph and keep its joint graph.
+
+    Args:
+        module: the graph Dynamo hands to a backend (copied, not changed).
+        inputs: the real values of its placeholders.
+    """
+    names = input_names(module)
+    seen: list[fx.GraphModule] = []
+    saved: list[str] = []
+
+    def keep(joint: fx.GraphModule) -> None:
+        seen.append(copied(joint))
+
+    def stub(forward: fx.GraphModule, _inputs: Sequence[Any], **_options: Any) -> Any:
+        saved.extend(node.name for node in forward.graph.output_node().all_input_nodes)
+        return _Boxed(forward)
+
+    patches = {"joint_custom_pre_pass": _Hook(keep), "fx_graph_cache": False}
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        compile_fx(copied(module), list(inputs), inner_compile=stub, config_patches=patches)
+    joint = JointGraph.of(seen[0], names, [isinstance(value, nn.Parameter) for value in inputs])
+    joint.inputs, joint.saved = list(inputs), frozenset(saved)
+    return joint
+
+
+class _Boxed:
+    """A compiled-function stand-in that runs a graph module."""
+
+    _boxed_call = True
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+
+    def __call__(self, inputs: list[Any]) -> Any:
+        return self.module(*inputs)
+
+
+def input_names(module: fx.GraphModule) -> list[str]:
+    """Dotted parameter name or input name of every placeholder of a Dynamo graph."""
+    return [_input_name(node) for node in module.graph.find_nodes(op="placeholder")]
+
+
+def _input_name(node: fx.Node) -> str:
+    """``L['model']._modules['fc']._parameters['weight']`` -> ``fc.weight``."""
+    argument = node.meta.get("grapharg")
+    source = getattr(argument, "source", None)
+    text = source.name if source is not None else node.name
+    text = text if isinstance(text, str) else text()
+    parts = re.findall(r"_(?:modules|parameters|buffers)\['([^']*)'\]", text)
+    if parts:
+        return ".".join(parts)
+    words = re.findall(r"[A-Za-z0-9_]+", re.sub(r"^[LG]", "", text))
+    return "_".join(words) or node.name

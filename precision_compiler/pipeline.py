@@ -1,0 +1,159 @@
+"""One interface for every pass, the check of their order, and the runner."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from typing import ClassVar, Protocol
+
+from precision_compiler.capture import Captured
+from precision_compiler.errors import InternalError, OrderError, PrecisionError
+from precision_compiler.joint import JointGraph
+from precision_compiler.journal import Journal, JournalEntry
+from precision_compiler.links import Links, find_links
+from precision_compiler.plan import Budget
+from precision_compiler.problem import Prices, Problem, Solution, Table, fixes_result
+from precision_compiler.statistics import Statistics
+from precision_compiler.target import Target
+from precision_compiler.verify import result_dtypes, verify_graph
+
+Progress = Callable[[str], None]
+
+
+class Numerics(Enum):
+    """What a pass may do to results."""
+
+    EXACT = "bit for bit the same result"
+    CHANGES = "may round differently, within the plan's error budget"
+
+
+@dataclass
+class Unit:
+    """What passes work on: one graph and everything known about it so far.
+
+    Attributes:
+        joint: the graph, rewritten in place by the passes of the later stages.
+        machine: the target; None when an assignment is only carried out.
+        budget: the allowed error; its limit is set once the baseline is scored.
+        journal: what happened so far.
+        captured: the graph before any rewriting with its objective, for analysis.
+        statistics: what calibration measured.
+        vetoes: why a (site, format) is ruled out.
+        contraction_prices, store_prices, cast_prices: seconds, as in ``Prices``.
+        baseline: torch.autocast's policy as an assignment.
+        solution: the chosen assignment and its proof.
+        assignment: format by site name; what the rewriting stage carries out.
+    """
+
+    joint: JointGraph
+    machine: Target | None
+    budget: Budget
+    journal: Journal
+    captured: Captured | None = None
+    statistics: Statistics | None = None
+    vetoes: dict[tuple[str, str], str] = field(default_factory=dict)
+    contraction_prices: Table = field(default_factory=dict)
+    store_prices: Table = field(default_factory=dict)
+    cast_prices: Table = field(default_factory=dict)
+    baseline: dict[str, str] = field(default_factory=dict)
+    solution: Solution | None = None
+    assignment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def target(self) -> Target:
+        """The machine the plan is for."""
+        if self.machine is None:
+            raise InternalError("a pass of the rewriting stage asks for the target")
+        return self.machine
+
+    @cached_property
+    def links(self) -> Links:
+        """How the sites of the captured graph touch."""
+        return find_links(self.joint)
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The decision problem; to be asked for once statistics, vetoes and prices are there."""
+        if self.statistics is None:
+            raise InternalError("the problem is posed before the statistics are measured")
+        options = {
+            site.name: tuple(
+                name for name in self.formats_for(site.kind) if (site.name, name) not in self.vetoes
+            )
+            for site in self.joint.sites
+        }
+        prices = Prices(self.contraction_prices, self.store_prices, self.cast_prices)
+        return Problem(self.links, options, prices, self.statistics)
+
+    def formats_for(self, kind: str) -> tuple[str, ...]:
+        """Formats to consider for a kind of site on this target."""
+        known = self.target.formats
+        if kind == "contraction":
+            return tuple(known)
+        return tuple(name for name in known if fixes_result(name))
+
+
+class Pass(Protocol):
+    """One step. A frozen dataclass: its fields are its options, its docstring its rule list."""
+
+    name: ClassVar[str]
+    reads: ClassVar[frozenset[str]]
+    makes: ClassVar[frozenset[str]]
+    spoils: ClassVar[frozenset[str]]
+    numerics: ClassVar[Numerics]
+
+    def run(self, unit: Unit) -> bool:
+        """Edit the unit in place; return True if the graph changed."""
+        ...
+
+
+class Pipeline:
+    """Runs passes in the given order, with the checks and the bookkeeping around each."""
+
+    def __init__(self, passes: Sequence[Pass], given: frozenset[str] = frozenset()) -> None:
+        """Check the order.
+
+        Args:
+            passes: in the order they run.
+            given: kinds of fact that are there before the first pass.
+
+        Raises:
+            OrderError: a pass reads what no earlier pass makes, or what one has spoiled.
+        """
+        fresh = set(given)
+        for step in passes:
+            missing = sorted(step.reads - fresh)
+            if missing:
+                raise OrderError(f"{step.name} reads {missing}, which no earlier pass makes")
+            fresh = (fresh - step.spoils) | step.makes
+        self.passes = tuple(passes)
+
+    def run(self, unit: Unit, progress: Progress | None = None) -> None:
+        """Run every pass on ``unit``; after a change clean, lint and verify the graph."""
+        module = unit.joint.module
+        results = result_dtypes(module.graph)
+        for step in self.passes:
+            if progress is not None:
+                progress(_first_line(step))
+            before, start = len(module.graph.nodes), time.perf_counter()
+            changed = self._run_one(step, unit)
+            if changed:
+                module.graph.eliminate_dead_code()
+                module.graph.lint()
+                module.recompile()
+                verify_graph(module.graph, step.name, results)
+            elapsed = time.perf_counter() - start
+            after = len(module.graph.nodes)
+            unit.journal.add(JournalEntry(step.name, _first_line(step), elapsed, before, after))
+
+    def _run_one(self, step: Pass, unit: Unit) -> bool:
+        try:
+            return step.run(unit)
+        except (PrecisionError, InternalError) as error:
+            error.add_note(f"in pass {step.name}")
+            raise
+
+
+def _first_line(step: Pass) -> str:
+    return (type(step).__doc__ or step.name).strip().splitlines()[0].rstrip(".")

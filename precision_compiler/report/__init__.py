@@ -1,0 +1,1 @@
+"""Plans and targets for people to read."""

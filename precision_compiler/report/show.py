@@ -1,0 +1,221 @@
+"""A plan as tables in a terminal. Reads the plan only."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from precision_compiler.plan import Plan, SiteChoice, Totals
+
+ROLES = ("fprop", "dgrad", "wgrad")
+STYLES = {"fp32": "dim", "tf32": "cyan", "bf16": "green", "fp16": "green"}
+NARROW_STYLE = "magenta"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Layers whose sites have the same formats: one line of the table of contractions.
+
+    Attributes:
+        module: path of the module, `*` where the number of the layer was.
+        layers: numbers of the layers, empty for a module that is not repeated.
+        formats: format of each role, in the order of `ROLES`; None where there is no such site.
+        seconds: predicted time of all its sites.
+        variance_share: their share of the predicted error's variance.
+    """
+
+    module: str
+    layers: tuple[int, ...]
+    formats: tuple[str | None, ...]
+    seconds: float
+    variance_share: float
+
+
+def show_plan(plan: Plan, console: Console, *, every_site: bool = False) -> None:
+    """Prints a plan: totals, contractions by layer and role, storage by format.
+
+    Args:
+        plan: what to print.
+        console: where to print it.
+        every_site: also list each site with its reason, time and error.
+    """
+    console.print(plan_view(plan))
+    if every_site:
+        console.print(sites_table(plan.sites))
+
+
+def plan_view(plan: Plan) -> RenderableType:
+    """The totals, the table of contractions and the table of storage, one under the other."""
+    return Group(totals_view(plan), contractions_table(plan.sites), storage_table(plan.sites))
+
+
+def totals_view(plan: Plan) -> RenderableType:
+    """What the plan promises, against what it was compared with."""
+    totals = plan.totals
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("[bold]time", _time_line(totals))
+    grid.add_row("[bold]error", _error_line(plan))
+    grid.add_row("[bold]bound", _bound_line(totals))
+    grid.add_row("[bold]made for", f"target {plan.target}, graph {plan.fingerprint[:12]}")
+    return grid
+
+
+def contraction_rows(sites: Mapping[str, SiteChoice]) -> list[Row]:
+    """Contraction sites by module; layers with the same formats share a row."""
+    modules: dict[str, dict[str, SiteChoice]] = defaultdict(dict)
+    for name, choice in sites.items():
+        if choice.kind == "contraction":
+            module, _, role = name.rpartition(".")
+            modules[module][role] = choice
+    groups: dict[tuple[str, tuple[str | None, ...]], list[str]] = defaultdict(list)
+    for module, choices in modules.items():
+        formats = tuple(choices[role].format if role in choices else None for role in ROLES)
+        groups[_without_layer(module), formats].append(module)
+    return [
+        _row(pattern, formats, members, modules) for (pattern, formats), members in groups.items()
+    ]
+
+
+def contractions_table(sites: Mapping[str, SiteChoice]) -> Table:
+    """The formats that matrix products and attention compute in."""
+    table = Table(title="Contractions: format of the operands", title_justify="left")
+    table.add_column("module", overflow="fold")
+    table.add_column("layers", justify="right")
+    for role in ROLES:
+        table.add_column(role)
+    table.add_column("ms", justify="right")
+    table.add_column("of error", justify="right")
+    for row in contraction_rows(sites):
+        table.add_row(
+            row.module,
+            layer_ranges(row.layers),
+            *(format_text(name) for name in row.formats),
+            milliseconds(row.seconds),
+            f"{row.variance_share:.1%}",
+        )
+    return table
+
+
+def storage_table(sites: Mapping[str, SiteChoice]) -> Table:
+    """How many tensors are kept in which format."""
+    kept = [choice for choice in sites.values() if choice.kind == "storage"]
+    elements = sum(math.prod(choice.shape) for choice in kept) or 1
+    by_format: dict[str, list[SiteChoice]] = defaultdict(list)
+    for choice in kept:
+        by_format[choice.format].append(choice)
+    table = Table(title="Storage: format of the tensors in memory", title_justify="left")
+    table.add_column("format")
+    for heading in ("tensors", "of elements", "ms", "of error"):
+        table.add_column(heading, justify="right")
+    for name, choices in by_format.items():
+        table.add_row(
+            format_text(name),
+            str(len(choices)),
+            f"{sum(math.prod(choice.shape) for choice in choices) / elements:.1%}",
+            milliseconds(sum(choice.seconds for choice in choices)),
+            f"{sum(choice.variance_share for choice in choices):.1%}",
+        )
+    return table
+
+
+def sites_table(sites: Mapping[str, SiteChoice]) -> Table:
+    """Every site with its format, the reason for it, its time and its error."""
+    table = Table(title="Sites", title_justify="left")
+    table.add_column("site", overflow="fold")
+    table.add_column("format")
+    table.add_column("shape", overflow="fold")
+    table.add_column("ms", justify="right")
+    table.add_column("of error", justify="right")
+    table.add_column("reason", overflow="fold")
+    for name, choice in sites.items():
+        table.add_row(
+            name,
+            format_text(choice.format),
+            "x".join(map(str, choice.shape)),
+            milliseconds(choice.seconds),
+            f"{choice.variance_share:.2%}",
+            choice.reason,
+        )
+    return table
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds, three significant digits at the most."""
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def layer_ranges(layers: Sequence[int]) -> str:
+    """Layer numbers as ranges: `0-3,5`."""
+    ranges: list[list[int]] = []
+    for layer in sorted(layers):
+        if ranges and layer == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [layer]
+        else:
+            ranges.append([layer])
+    return ",".join("-".join(map(str, ends)) for ends in ranges)
+
+
+def format_text(name: str | None) -> Text:
+    """A format's name in its colour, empty for None."""
+    if name is None:
+        return Text("")
+    return Text(name, style=STYLES.get(name, NARROW_STYLE))
+
+
+def _row(
+    pattern: str,
+    formats: tuple[str | None, ...],
+    members: Iterable[str],
+    modules: Mapping[str, Mapping[str, SiteChoice]],
+) -> Row:
+    names = list(members)
+    choices = [choice for name in names for choice in modules[name].values()]
+    return Row(
+        module=pattern,
+        layers=tuple(layer for name in names if (layer := _layer(name)) is not None),
+        formats=formats,
+        seconds=sum(choice.seconds for choice in choices),
+        variance_share=sum(choice.variance_share for choice in choices),
+    )
+
+
+def _without_layer(module: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", module, count=1)
+
+
+def _layer(module: str) -> int | None:
+    found = re.search(r"(?:^|\.)(\d+)(?=\.|$)", module)
+    return int(found.group(1)) if found else None
+
+
+def _time_line(totals: Totals) -> str:
+    return (
+        f"{milliseconds(totals.predicted_seconds)} ms per step predicted"
+        f" (fp32 {_compared(totals.fp32_seconds, totals)},"
+        f" autocast {_compared(totals.autocast_seconds, totals)}), {totals.casts} casts"
+    )
+
+
+def _compared(seconds: float, totals: Totals) -> str:
+    return f"{milliseconds(seconds)} ms = {seconds / totals.predicted_seconds:.2f}x"
+
+
+def _error_line(plan: Plan) -> str:
+    totals = plan.totals
+    return (
+        f"{totals.predicted_gradient_error:.2g} predicted, {plan.budget.limit:.2g} allowed"
+        f" by budget {plan.budget.asked} (autocast {totals.autocast_gradient_error:.2g})"
+    )
+
+
+def _bound_line(totals: Totals) -> str:
+    return (
+        f"no plan within the budget takes less than {milliseconds(totals.bound_seconds)} ms:"
+        f" gap {totals.gap:.1%}"
+    )

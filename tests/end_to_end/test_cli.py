@@ -1,0 +1,164 @@
+"""The command line: what a newcomer reads, what a session does, what a mistake says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import precision_compiler
+from precision_compiler.cli import main
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("demo", "plan", "show", "export", "targets")
+WORKLOAD = """
+import torch
+from torch import nn
+from precision_compiler import Workload
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, 128)
+        self.head = nn.Linear(128, 8)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.fc(x)))
+
+def workload():
+    torch.manual_seed(0)
+    batches = [(torch.randn(32, WIDTH),)]
+    return Workload(Model(), batches, lambda output, batch: output.square().mean())
+
+def vector_loss():
+    return Workload(Model(), [(torch.randn(32, WIDTH),)])
+
+def wrong_shape():
+    made = workload()
+    return Workload(made.model, [(torch.randn(32, WIDTH + 1),)], made.loss)
+"""
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two workloads and the plan of one of them."""
+    folder = tmp_path_factory.mktemp("session")
+    (folder / "train.py").write_text(WORKLOAD.replace("WIDTH", "64"))
+    (folder / "other.py").write_text(WORKLOAD.replace("WIDTH", "96"))
+    (folder / "corrupt.json").write_text('{"schema_version": 1, ')
+    code = main(
+        ["plan", f"{folder}/train.py:workload", "-o", f"{folder}/plan.json", "--target", "h100"]
+    )
+    assert code == 0
+    return folder
+
+
+def test_help_names_every_command_and_a_first_step(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n    {command} " in text for command in COMMANDS)
+    assert "precision-compiler demo --quick" in text
+    assert "train.py:workload" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert command in capsys.readouterr().out
+
+
+def test_package_runs_as_a_module() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "precision_compiler", "--help"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("usage: precision-compiler")
+
+
+def test_plan_writes_a_plan_that_loads(session: Path) -> None:
+    plan = precision_compiler.Plan.load(session / "plan.json")
+    assert plan.target == "h100"
+    assert {"fc.fprop", "fc.wgrad", "head.fprop", "head.dgrad"} <= set(plan.sites)
+
+
+def test_plan_prints_the_table_and_where_it_is(
+    session: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.json"
+    spec = f"{session}/train.py:workload"
+    assert main(["plan", spec, "-o", str(path), "--target", "h100", "--budget", "0.02"]) == 0
+    text = capsys.readouterr().out
+    assert "0.02 allowed by budget 0.02" in text
+    assert "Contractions" in text
+    assert text.rstrip().endswith(f"wrote {path}")
+
+
+def test_show_prints_sites_on_request(session: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", f"{session}/plan.json"]) == 0
+    assert "fprop" in capsys.readouterr().out
+    assert main(["show", f"{session}/plan.json", "--sites"]) == 0
+    assert "fc.wgrad" in capsys.readouterr().out
+
+
+def test_export_writes_a_model(
+    session: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.onnx"
+    arguments = ["export", f"{session}/train.py:workload", f"{session}/plan.json", "-o", str(path)]
+    assert main(arguments) == 0
+    assert path.stat().st_size > 0
+    assert str(path) in capsys.readouterr().out
+
+
+def test_targets_lists_every_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["targets"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in precision_compiler.Target.names())
+    assert "bf16" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("plan {0}/train.py", "file.py:function"),
+        ("plan {0}/train.py:missing", "it has vector_loss, workload, wrong_shape"),
+        ("plan {0}/train.py:workload --target h1000", "h1000"),
+        ("plan {0}/train.py:workload --budget -1", "budget"),
+        ("plan {0}/train.py:workload --budget nan", "budget"),
+        ("plan {0}/train.py:workload -o {0}/none/plan.json", "create it"),
+        ("plan {0}/train.py:vector_loss", "not a scalar"),
+        ("plan {0}/train.py:wrong_shape", "fails on this batch"),
+        ("show {0}/missing.json", "missing.json"),
+        ("show {0}/corrupt.json", "corrupt.json"),
+        ("export {0}/other.py:workload {0}/plan.json -o {0}/other.onnx", "fc.fprop"),
+    ],
+)
+def test_mistake_is_one_line_and_exit_code_2(
+    session: Path, arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments.format(session).split()) == 2
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in captured.err
+
+
+def test_missing_compiler_is_reported_before_any_work(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "precision_compiler", "demo", "--quick"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CXX": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: torch.compile finds no C++ compiler")
+    assert "install" in run.stderr
+    assert not list(tmp_path.iterdir())

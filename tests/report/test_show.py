@@ -1,0 +1,110 @@
+"""A plan as tables: layers with the same formats share a row, totals come first."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from precision_compiler.plan import Budget, Option, Plan, SiteChoice, Totals
+from precision_compiler.report.show import (
+    contraction_rows,
+    layer_ranges,
+    milliseconds,
+    show_plan,
+)
+
+
+def site(kind: str, role: str, name: str) -> SiteChoice:
+    assert kind in ("contraction", "storage")
+    return SiteChoice(
+        kind=kind,  # type: ignore[arg-type]
+        role=role,  # type: ignore[arg-type]
+        op="mm",
+        signature="mm[4, 4]",
+        shape=(8, 16),
+        format=name,
+        reason="the fastest within the budget",
+        seconds=0.001,
+        error=0.002,
+        variance_share=0.125,
+        options={name: Option(0.001, 0.002)},
+    )
+
+
+@pytest.fixture
+def plan() -> Plan:
+    sites = {
+        f"blocks.{layer}.fc.{role}": site(
+            "contraction", role, "fp32" if layer == 2 and role == "wgrad" else "bf16"
+        )
+        for layer in range(4)
+        for role in ("fprop", "dgrad", "wgrad")
+    }
+    sites["head.fprop"] = site("contraction", "fprop", "e4m3")
+    sites["blocks.0.fc.store"] = site("storage", "store", "bf16")
+    sites["head.store"] = site("storage", "store", "fp32")
+    return Plan(
+        schema_version=1,
+        target="h100",
+        budget=Budget("autocast", 0.0083, "scored"),
+        fingerprint="0123456789abcdef",
+        loss_origin="the model's own loss",
+        versions={},
+        totals=Totals(0.312, 0.0081, 0.310, 0.0064, 0.788, 0.315, 0.0083, 73),
+        sites=sites,
+        nodes=(),
+        journal=(),
+    )
+
+
+def printed(plan: Plan, *, every_site: bool = False) -> str:
+    stream = io.StringIO()
+    show_plan(plan, Console(file=stream, width=160), every_site=every_site)
+    return stream.getvalue()
+
+
+def test_layers_with_the_same_formats_share_a_row(plan: Plan) -> None:
+    rows = contraction_rows(plan.sites)
+    assert [(row.module, row.layers, row.formats) for row in rows] == [
+        ("blocks.*.fc", (0, 1, 3), ("bf16", "bf16", "bf16")),
+        ("blocks.*.fc", (2,), ("bf16", "bf16", "fp32")),
+        ("head", (), ("e4m3", None, None)),
+    ]
+    assert rows[0].seconds == pytest.approx(0.009)
+    assert rows[0].variance_share == pytest.approx(9 * 0.125)
+
+
+def test_totals_come_first_and_compare(plan: Plan) -> None:
+    first, second, third = printed(plan).splitlines()[:3]
+    assert "312 ms" in first
+    assert "fp32 788 ms = 2.53x" in first
+    assert "autocast 315 ms = 1.01x" in first
+    assert "0.0081 predicted, 0.0083 allowed by budget autocast" in second
+    assert "310 ms: gap 0.6%" in third
+
+
+def test_storage_is_counted_by_format(plan: Plan) -> None:
+    storage = printed(plan).partition("Storage")[2]
+    assert "bf16" in storage
+    assert "50.0%" in storage
+
+
+def test_every_site_is_listed_only_on_request(plan: Plan) -> None:
+    assert "blocks.3.fc.dgrad" not in printed(plan)
+    listed = printed(plan, every_site=True)
+    assert all(name in listed for name in plan.sites)
+    assert "the fastest within the budget" in listed
+
+
+@pytest.mark.parametrize(
+    ("layers", "text"), [((), ""), ((4,), "4"), ((0, 1, 2, 5), "0-2,5"), ((3, 1), "1,3")]
+)
+def test_layer_ranges(layers: tuple[int, ...], text: str) -> None:
+    assert layer_ranges(layers) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.7884, "788"), (0.0123, "12.3"), (0.00123, "1.23"), (4e-7, "0.0004")]
+)
+def test_milliseconds_keep_three_digits(seconds: float, text: str) -> None:
+    assert milliseconds(seconds) == text
