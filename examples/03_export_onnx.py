@@ -1,10 +1,9 @@
-"""Write a model with its plan as ONNX, and run that file without PyTorch."""
+"""Write a model with its plan as ONNX, and read the plan back from the file's annotations."""
 
 import tempfile
 from pathlib import Path
 
 import onnx
-import onnxruntime
 import torch
 from torch import nn
 
@@ -35,16 +34,17 @@ model = Tagger()
 batch = (torch.randint(100, (8, 64)),)
 plan = precision_compiler.make_plan(model, batch, loss=loss)
 
+# The file is checked, and run once in onnxruntime, before it appears under its name.
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder, "model.onnx")
-    precision_compiler.export_onnx(model, batch, plan, path)
+    report = precision_compiler.export_onnx(model, batch, plan, path)
     nodes = onnx.load(path).graph.node
-    session = onnxruntime.InferenceSession(path)
-    (logits,) = session.run(None, {session.get_inputs()[0].name: batch[0].numpy()})
+print(f"{report.nodes} nodes, {report.casts} of them casts")
+print(f"onnxruntime differs from PyTorch by {report.max_difference:.2g}, same formats in both")
 
-casts = sum(node.op_type == "Cast" for node in nodes)
-print(f"{len(nodes)} nodes, {casts} of them casts")
-model.eval()
-with torch.no_grad():
-    difference = (torch.from_numpy(logits) - model(batch[0])).abs().max()
-print(f"largest difference to PyTorch in fp32: {difference:.2g}")
+# Every node says which site of the plan it carries out, in which formats and why.
+for node in nodes:
+    notes = {entry.key.rpartition(".")[2]: entry.value for entry in node.metadata_props}
+    if notes.get("site", "").endswith(".fprop"):
+        formats = f"{notes['compute_format']} -> {notes['storage_format']}"
+        print(f"{notes['site']:28} {node.op_type:10} {formats}")

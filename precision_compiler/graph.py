@@ -142,7 +142,7 @@ def reached_from(starts: Iterable[fx.Node]) -> set[fx.Node]:
     sources = list(starts)
     if not sources:
         return set()
-    flow = networkx.DiGraph()
+    flow: networkx.DiGraph[fx.Node] = networkx.DiGraph()
     flow.add_nodes_from(sources)
     flow.add_edges_from((node, user) for node in sources[0].graph.nodes for user in node.users)
     return set(itertools.chain.from_iterable(networkx.bfs_layers(flow, sources)))

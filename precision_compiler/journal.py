@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from pydantic import ConfigDict
+
+STRICT = ConfigDict(extra="forbid")
+"""Records read from files have no unknown keys."""
+
 
 @dataclass(frozen=True)
 class JournalEntry:
@@ -14,6 +19,8 @@ class JournalEntry:
         nodes_before: nodes of the graph before the step.
         nodes_after: nodes of the graph after the step.
     """
+
+    __pydantic_config__ = STRICT
 
     step: str
     message: str

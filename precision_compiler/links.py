@@ -1,7 +1,8 @@
 """How decisions touch: which stored tensor each contraction reads, and which it writes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 from torch import fx
 
@@ -42,7 +43,11 @@ class Links:
     stores: Mapping[str, Site]
     reads: tuple[Link, ...]
     results: Mapping[str, tuple[str, ...]]
-    writer: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def writer(self) -> Mapping[str, str]:
+        """The contraction that writes each storage site, where one does."""
+        return {store: name for name, written in self.results.items() for store in written}
 
     def reads_of(self, contraction: str) -> list[Link]:
         """The links of one contraction."""
@@ -63,8 +68,7 @@ def find_links(joint: JointGraph) -> Links:
         results[name] = tuple(
             by_node[out.name] for out in output_nodes(node) if out.name in by_node
         )
-    writer = {store: name for name, written in results.items() for store in written}
-    return Links(contractions, stores, tuple(reads), results, writer)
+    return Links(contractions, stores, tuple(reads), results)
 
 
 def _floats(node: fx.Node) -> list[tuple[int, fx.Node]]:

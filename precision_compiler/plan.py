@@ -11,11 +11,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from precision_compiler.errors import BudgetError, PlanError
 from precision_compiler.formats import FORMATS
-from precision_compiler.journal import JournalEntry
+from precision_compiler.journal import STRICT, JournalEntry
 
 SCHEMA_VERSION = 1
 
@@ -29,6 +29,8 @@ class Budget:
         limit: the number it came to.
         origin: a sentence on how the limit was found.
     """
+
+    __pydantic_config__ = STRICT
 
     asked: str
     limit: float
@@ -65,6 +67,8 @@ class Option:
         veto: why it was ruled out, None if it was not.
     """
 
+    __pydantic_config__ = STRICT
+
     seconds: float
     error: float
     veto: str | None = None
@@ -87,6 +91,8 @@ class SiteChoice:
         variance_share: its share of the plan's predicted error variance, 0 to 1.
         options: every format considered.
     """
+
+    __pydantic_config__ = STRICT
 
     kind: Literal["contraction", "storage"]
     role: Literal["fprop", "dgrad", "wgrad", "store"]
@@ -117,6 +123,8 @@ class NodeChoice:
         error: predicted relative gradient error it causes.
     """
 
+    __pydantic_config__ = STRICT
+
     name: str
     op: str
     site: str | None
@@ -141,6 +149,8 @@ class Totals:
         autocast_gradient_error: predicted error of that policy.
         casts: cast nodes the rewriting inserts.
     """
+
+    __pydantic_config__ = STRICT
 
     predicted_seconds: float
     predicted_gradient_error: float
@@ -178,7 +188,7 @@ class Plan:
         journal: what each pass did.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = STRICT
 
     schema_version: int
     target: str
@@ -224,7 +234,8 @@ class Plan:
             PlanError: it is no plan of this schema version, or names unknown formats.
         """
         try:
-            version = json.loads(text, parse_float=_finite, parse_constant=_finite).get("schema_version")
+            record = json.loads(text, parse_float=_finite, parse_constant=_finite)
+            version = record.get("schema_version")
             if version != SCHEMA_VERSION:
                 raise PlanError(
                     f"{origin} has schema version {version}, this program reads {SCHEMA_VERSION}: "

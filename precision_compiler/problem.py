@@ -29,6 +29,13 @@ def fixes_result(name: str) -> bool:
     return fmt.dtype is not None and not fmt.scaled
 
 
+def result_format(name: str) -> str | None:
+    """The format a contraction's result comes in; None where any can be asked for."""
+    if FORMATS[name].scaled:
+        return None
+    return name if fixes_result(name) else "fp32"
+
+
 @dataclass(frozen=True)
 class Prices:
     """Seconds per choice.
@@ -88,13 +95,21 @@ class Problem:
         )
 
     def casts(self, assignment: Mapping[str, str]) -> set[tuple[str, str]]:
-        """Copies (source node, format) that the contractions of an assignment need."""
+        """Copies (source node, format) that an assignment needs.
+
+        One for every format a contraction reads a tensor in that it is not stored in, and one
+        where a result is stored in another format than its contraction returns.
+        """
         found = set()
         for link in self.links.reads:
             wanted = entry_format(assignment[link.contraction])
             stored = assignment[link.store] if link.store else "fp32"
             if wanted != stored:
                 found.add((link.source, wanted))
+        for store, writer in self.links.writer.items():
+            returned, kept = result_format(assignment[writer]), assignment[store]
+            if returned not in (None, kept):
+                found.add((self.links.stores[store].node, kept))
         return found
 
     def variance(self, assignment: Mapping[str, str]) -> float:

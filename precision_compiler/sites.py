@@ -29,6 +29,7 @@ from precision_compiler.graph import (
     is_float32,
     is_movement,
     reached_from,
+    root_of,
     shape_of,
     uses_past_movement,
     value_of,
@@ -288,7 +289,7 @@ def _is_storage_site(node: fx.Node, saved: frozenset[str], depths: Mapping[fx.No
         return False
     if _is_contraction_result(node):
         return True
-    if _is_reduction(node) or node.target is operator.getitem or not node.all_input_nodes:
+    if _is_reduction(node) or node.target is operator.getitem or _is_uniform(node):
         return False
     if prod(shape_of(node)) < MATERIALISED_ELEMENTS:
         return False
@@ -315,6 +316,11 @@ def _is_contraction_result(node: fx.Node) -> bool:
 def _is_reduction(node: fx.Node) -> bool:
     """Whether a node sums or compares along a dimension: its result stays in float32."""
     return torch.Tag.reduction in getattr(node.target, "tags", ())
+
+
+def _is_uniform(node: fx.Node) -> bool:
+    """Whether all elements are computed from single numbers: such a tensor needs no memory."""
+    return all(prod(shape_of(root_of(source))) == 1 for source in node.all_input_nodes)
 
 
 def _storage_site(node: fx.Node) -> Site:

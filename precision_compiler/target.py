@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -73,8 +74,9 @@ class Target:
     def __post_init__(self) -> None:
         rates = [self.bandwidth, self.bandwidth_fraction]
         rates += [rate.flops for rate in self.formats.values()]
-        if min(rates) <= 0 or self.launch_seconds < 0:
-            raise TargetError(f"target {self.name}: rates must be positive")
+        numbers_fit = all(0 < rate < inf for rate in rates) and 0 <= self.launch_seconds < inf
+        if not numbers_fit:
+            raise TargetError(f"target {self.name}: rates must be positive numbers")
         unknown = [name for name in self.formats if name not in FORMATS]
         if unknown or "fp32" not in self.formats:
             problem = f"unknown format {unknown[0]!r}" if unknown else "no rate for fp32"
@@ -132,7 +134,7 @@ def _read(path: Path) -> Target:
         raise TargetError(
             f"cannot read the target {path}: {os.strerror(error.errno or 0)}"
         ) from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TargetError(f"target {path} is not valid TOML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -46,35 +46,38 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention through the fused operation."""
+    """Self-attention through the fused operation."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         split = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*split.unbind(0), is_causal=True)
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        q, k, v = split.unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        result: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return result
 
 
 class Block(nn.Module):
     """One Transformer block with layer normalisation first."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, causal: bool = True) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, causal)
         self.fc = nn.Linear(width, 4 * width)
         self.proj = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attn(self.norm1(x)))
-        return x + self.dropout(self.proj(F.gelu(self.fc(self.norm2(x)))))
+        x = x + self.dropout(self.proj(F.gelu(self.fc(self.norm2(x)))))
+        return x
 
 
 class Gpt(nn.Module):
@@ -114,7 +117,8 @@ class Explicit(nn.Module):
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         weights = scores.masked_fill(~mask[:, None, None, :], -1e9).softmax(-1)
         mixed = (weights @ v).transpose(1, 2).flatten(2)
-        return (mixed - x).square().mean()
+        difference: Tensor = mixed - x
+        return difference.square().mean()
 
 
 class RmsNorm(nn.Module):
@@ -164,7 +168,8 @@ class Llama(nn.Module):
         )
         x = x + self.o_proj(mixed.transpose(1, 2).reshape(batch, length, width))
         y = self.norm2(x)
-        return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
+        x = x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
+        return x
 
 
 class Vit(nn.Module):
@@ -175,7 +180,7 @@ class Vit(nn.Module):
         self.patch = nn.Conv2d(3, width, 4, 4)
         self.token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.position = nn.Parameter(torch.randn(1, 17, width) * 0.02)
-        self.block = Block(width, 2)
+        self.block = Block(width, 2, causal=False)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
 
@@ -206,8 +211,8 @@ def mlp(batch: int = 32, hidden: int = 64) -> Case:
     return Case(Mlp(hidden=hidden), (torch.randn(batch, 16), torch.randn(batch, 16)))
 
 
-def gpt(batch: int = 4, width: int = 32) -> Case:
-    return Case(Gpt(width), _tokens(batch))
+def gpt(batch: int = 4, width: int = 32, length: int = 16, blocks: int = 2) -> Case:
+    return Case(Gpt(width, blocks=blocks), _tokens(batch, length))
 
 
 def dropout(batch: int = 4, width: int = 32) -> Case:

@@ -69,8 +69,10 @@ class Writer:
             self.write(f"sub.Tensor {a} {row}")
 
 
-KINDS = ("mm", "mm", "mm", "addmm", "mul", "add", "relu", "neg", "t", "clone")
-KINDS += ("narrow", "halves", "slice", "bmm", "sum")
+KINDS = (
+    *("mm", "mm", "mm", "addmm", "mul", "add", "relu", "neg", "t", "clone"),
+    *("narrow", "halves", "slice", "bmm", "sum"),
+)
 
 
 @st.composite
@@ -193,5 +195,3 @@ class _Emulation:
         result = node.target(*args, **node.kwargs)
         assert isinstance(result, Tensor)
         return result
-
-

@@ -66,6 +66,7 @@ class _Probe:
         self.found_stores: dict[str, Sensitivity] = {}
         self.found_operands: dict[tuple[str, int], Sensitivity] = {}
         self.found_internals: dict[str, list[Sensitivity]] = {}
+        self.constants: list[torch.Tensor] = []  # depend on no input, yet gradients depend on them
 
     def measure(self, seed: int) -> Statistics:
         """Run forward, backward and the double backward."""
@@ -112,7 +113,10 @@ class _Probe:
         ]
         if live:
             torch.autograd.grad(
-                [value for value, _ in live], floats, [sign for _, sign in live], allow_unused=True
+                [value for value, _ in live],
+                floats + self.constants,
+                [sign for _, sign in live],
+                allow_unused=True,
             )
 
     def _run(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -128,7 +132,7 @@ class _Probe:
             value = execute(node, args, kwargs)
         store = self.stores.get(node.name)
         if store is not None:
-            _watch(value, partial(self.found_stores.__setitem__, store))
+            self._watch(value, partial(self.found_stores.__setitem__, store))
         return value
 
     def _tapped_arguments(self, node: fx.Node, site: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -136,9 +140,14 @@ class _Probe:
         for index in rounded_arguments(node):
             if isinstance(args[index], torch.Tensor):
                 edge = args[index].view_as(args[index])
-                _watch(edge, partial(self.found_operands.__setitem__, (site, index)))
+                self._watch(edge, partial(self.found_operands.__setitem__, (site, index)))
                 tapped[index] = edge
         return tuple(tapped)
+
+    def _watch(self, value: torch.Tensor, keep: Callable[[Sensitivity], None]) -> None:
+        if not value.requires_grad:
+            self.constants.append(value.requires_grad_())
+        _watch(value, keep)
 
 
 def _leaf(value: Any) -> Any:
@@ -152,10 +161,13 @@ def _watch(value: torch.Tensor, keep: Callable[[Sensitivity], None]) -> None:
     still = value.detach()
     unmoved = insensitive(still)
     keep(unmoved)
+
+    def arrived(adjoint: torch.Tensor | None) -> None:
+        if adjoint is not None:  # autograd has no tensor for some derivatives that are zero
+            keep(Sensitivity(weight_of(still, adjoint), unmoved.amax))
+
     if value.requires_grad:
-        value.register_hook(  # type: ignore[no-untyped-call]
-            lambda adjoint: keep(Sensitivity(weight_of(still, adjoint), unmoved.amax))
-        )
+        value.register_hook(arrived)  # type: ignore[no-untyped-call]
 
 
 def _internal_tap(found: list[Sensitivity]) -> Callable[[torch.Tensor], torch.Tensor]:

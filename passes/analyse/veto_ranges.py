@@ -9,6 +9,8 @@ from precision_compiler.formats import FORMATS, Format
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.statistics import Sensitivity, Statistics
 
+_INTO_NORMAL_RANGE = 256  # binades that lift every float32 number above any format's smallest
+
 
 @dataclass(frozen=True)
 class VetoRanges:
@@ -20,8 +22,8 @@ class VetoRanges:
     1. Overflow: an unscaled format is out where the measured amax, ``2**margin`` times as large,
        exceeds its largest finite number.
     2. Underflow: an unscaled format is out where, with all values ``2**-margin`` as large, the
-       predicted error would grow more than ``growth`` times: relative errors rise below the
-       normal range, and gradients shrink during training.
+       predicted error would be more than ``growth`` times that of values in the normal range:
+       relative errors rise below it, and gradients shrink during training.
     3. Silence: a site that no gradient depends on (on this batch) stays float32; what its
        rounding would do cannot be predicted.
     """
@@ -60,12 +62,13 @@ class VetoRanges:
                 f"overflow: largest magnitude {tensor.amax:.3g} with a margin of "
                 f"{2**self.margin} exceeds {fmt.max_finite:g}"
             )
-        here, drifted = tensor.variance(fmt), tensor.variance(fmt, drift=-self.margin)
-        if drifted > here * self.growth**2:
+        normal = tensor.variance(fmt, drift=_INTO_NORMAL_RANGE)
+        drifted = tensor.variance(fmt, drift=-self.margin)
+        if drifted > normal * self.growth**2:
             return (
-                f"underflow: the error would grow {(drifted / here) ** 0.5:.1f} times if values "
-                f"shrank {2**self.margin} times towards the smallest normal number "
-                f"{2.0**fmt.min_exponent:.3g}"
+                f"underflow: the error would be {(drifted / normal) ** 0.5:.1f} times larger than "
+                f"above the smallest normal number {2.0**fmt.min_exponent:.3g} if values shrank "
+                f"{2**self.margin} times"
             )
         return None
 

@@ -11,7 +11,9 @@ from scipy.sparse import csr_array
 
 from precision_compiler.errors import BudgetError, InternalError
 from precision_compiler.pipeline import Numerics, Unit
-from precision_compiler.problem import Problem, Solution, entry_format, fixes_result
+from precision_compiler.problem import Problem, Solution, entry_format, fixes_result, result_format
+
+_TOLERANCE = 1e-6  # the solver keeps constraints to 1e-7: inside the budget, not on its edge
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class ChooseFormats:
 
     1. One binary per (site, format); every site has exactly one format.
     2. One copy variable per (tensor, format): at 1 where any contraction reads the tensor in a
-       format it is not stored in; its price is paid once, however many read it.
+       format it is not stored in, or where a result is stored in another format than it comes
+       in; its price is paid once, however many read it.
     3. One rounding variable per (argument, format): at 1 where the stored tensor has more
        significant bits than the contraction's format; its variance counts then.
     4. Contractions that return their own format fix the format of their results.
@@ -107,7 +110,7 @@ class _Program:
         barred = noise > limit * (1 + 1e-9)
         if isfinite(limit) and limit > 0:
             shares = np.where(barred, 0.0, noise) / limit
-            constraints.append(LinearConstraint(shares, -np.inf, 1.0))
+            constraints.append(LinearConstraint(shares, -np.inf, 1.0 - _TOLERANCE))
         result = milp(
             np.array(self.costs) / scale,
             integrality=np.array(self.binary),
@@ -169,6 +172,22 @@ class _Program:
                     kept = self.columns.get(("site", store, fmt))
                     terms = {own: -1.0} if kept is None else {kept: 1.0, own: -1.0}
                     self._row(terms, 0.0)
+        for store, writer in self.problem.links.writer.items():
+            self._conversions(store, writer)
+
+    def _conversions(self, store: str, writer: str) -> None:
+        """Keeping a result in another format than it comes in takes a copy."""
+        problem, source = self.problem, self.problem.links.stores[store].node
+        for kept in problem.options[store]:
+            fitting = {
+                self.columns["site", writer, fmt]: 1.0
+                for fmt in problem.options[writer]
+                if result_format(fmt) in (None, kept)
+            }
+            if len(fitting) < len(problem.options[writer]):
+                price = problem.prices.casts[source][kept]
+                copy = self._column(("copy", source, kept), price, 0.0, False)
+                self._row({copy: 1.0, self.columns["site", store, kept]: -1.0, **fitting}, 0.0)
 
     def _reads(self) -> None:
         problem = self.problem

@@ -52,6 +52,7 @@ class PriceTraffic:
             for name, site in unit.links.stores.items()
         }
         sources = {link.source for link in unit.links.reads}
+        sources |= {unit.links.stores[store].node for store in unit.links.writer}
         unit.cast_prices = {
             source: {fmt: cast_seconds(nodes[source], fmt, unit.target) for fmt in FORMATS}
             for source in sorted(sources)

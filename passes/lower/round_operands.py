@@ -68,6 +68,8 @@ class RoundOperands:
             for index in rule.operands:
                 argument = rounded_arguments(node)[index]
                 root = root_of(argument)
+                if root.target is ROUND_OPERAND:  # rounded already
+                    continue
                 copy = rounded.get((root, fmt)) or _rounded(graph, root, fmt)
                 rounded[root, fmt] = copy
                 node.update_arg(index, mover.moved(copy, root, argument))

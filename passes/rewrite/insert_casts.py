@@ -24,6 +24,7 @@ from precision_compiler.graph import (
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.problem import entry_format, fixes_result
 from precision_compiler.sites import named_nodes, output_nodes, rounded_arguments
+from precision_compiler.verify import is_ours
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,12 @@ class InsertCasts:
 
     def run(self, unit: Unit) -> bool:
         """Rewrite the graph; True if any cast was needed."""
+        graph = unit.joint.module.graph
         if all(entry_format(fmt) == "fp32" for fmt in unit.assignment.values()):
             return False
-        return _Rewriter(unit.joint.module.graph, unit.assignment).rewrite()
+        if any(is_ours(node) for node in graph.nodes):  # carried out already
+            return False
+        return _Rewriter(graph, unit.assignment).rewrite()
 
 
 class _Rewriter:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 import precision_compiler
@@ -24,13 +24,14 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         split = self.qkv(self.norm(x)).view(batch, length, 3, self.heads, -1)
         query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.project(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(functional.gelu(self.up(x)))
+        wide: Tensor = self.down(functional.gelu(self.up(x)))
+        return x + wide
 
 
 class Decoder(nn.Module):
@@ -40,17 +41,17 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, 2) for _ in range(layers))
         self.head = nn.Linear(width, vocabulary, bias=False)
 
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x)
-        logits = self.head(x)
+        logits: Tensor = self.head(x)
         if targets is None:
             return logits
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def batch_of(size: int = 4, length: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_of(size: int = 4, length: int = 16) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(size)
     tokens = torch.randint(0, 64, (size, length + 1), generator=generator)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -61,7 +62,7 @@ def model_of(**sizes: int) -> Decoder:
     return Decoder(**sizes)
 
 
-def gradients(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+def gradients(model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
     model.zero_grad()
     model(*batch).backward()
     found = {name: value.grad for name, value in model.named_parameters()}
@@ -152,12 +153,13 @@ def test_without_a_batch_the_first_training_call_decides() -> None:
 
 def test_the_backend_is_found_by_name() -> None:
     model = model_of()
-    compiled: Any = torch.compile(model, backend="precision", options={"budget": 0.01})
+    options: Any = {"budget": 0.01}
+    compiled = torch.compile(model, backend="precision", options=options)
     expected = model(*batch_of())
     assert torch.allclose(compiled(*batch_of()), expected, rtol=0.01)
 
 
-WRONG_CALLS = [
+WRONG_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"batch": (torch.zeros(2, 3, 5),)}, precision_compiler.CaptureError, "batch"),
     ({"batch": batch_of()[:1]}, precision_compiler.CaptureError, "scalar"),
     ({"batch": 3}, precision_compiler.CaptureError, "int"),

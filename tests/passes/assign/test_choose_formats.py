@@ -111,6 +111,13 @@ def plain_seconds(problem: Problem, assignment: Mapping[str, str]) -> float:
         if kept != wanted and (link.source, wanted) not in paid:
             paid.add((link.source, wanted))
             total += problem.prices.casts[link.source][wanted]
+    for name, written in problem.links.results.items():
+        returned = {"tf32": "fp32", "e4m3": None}.get(assignment[name], assignment[name])
+        for store in written:
+            kept = assignment[store]
+            if returned not in (None, kept) and (store, kept) not in paid:
+                paid.add((store, kept))
+                total += problem.prices.casts[store][kept]
     return total
 
 
@@ -155,7 +162,7 @@ def small_problem() -> Problem:
     prices = Prices(
         {"c": {"fp32": 9e-6, "bf16": 1e-6}},
         {"s": {"fp32": 2e-6, "bf16": 1e-6}},
-        {"p": dict.fromkeys(ALL_FORMATS, 1e-6)},
+        dict.fromkeys(("p", "s"), dict.fromkeys(ALL_FORMATS, 1e-6)),
     )
     statistics = Statistics({"s": sensitivity(1.0)}, {("c", 0): sensitivity(1.0)}, {}, 1.0, 1.0)
     return Problem(links, {"c": ("fp32", "bf16"), "s": ("fp32", "bf16")}, prices, statistics)

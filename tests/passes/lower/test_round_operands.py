@@ -22,9 +22,7 @@ def scaled_by_power_of_two(found: Tensor, original: Tensor, name: str) -> bool:
     """Whether ``found`` is ``original`` rounded under some power-of-two scale."""
     scales = [2.0**exponent for exponent in range(-160, 161)]
     return any(
-        torch.equal(
-            (round_to(original.double() * scale, FORMATS[name]) / scale).float(), found
-        )
+        torch.equal((round_to(original.double() * scale, FORMATS[name]) / scale).float(), found)
         for scale in scales
     )
 

@@ -8,7 +8,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, fx
 
-from precision_compiler.graph import contraction_rule, is_cast, root_of, uses_past_movement, value_of
+from precision_compiler.graph import (
+    contraction_rule,
+    is_cast,
+    root_of,
+    uses_past_movement,
+    value_of,
+)
 from precision_compiler.passes.lower.round_operands import RoundOperands
 from precision_compiler.passes.rewrite.fold_casts import FoldCasts
 from precision_compiler.passes.rewrite.insert_casts import InsertCasts
@@ -120,7 +126,10 @@ def test_fused_attention_returns_its_format_through_its_first_output_only() -> N
     )
     by_name = {node.name: node for node in module.graph.nodes}
     outcome = value_of(by_name["o"]), value_of(by_name["l"])
-    assert [value.dtype for value in outcome if value is not None] == [torch.bfloat16, torch.float32]
+    assert [value.dtype for value in outcome if value is not None] == [
+        torch.bfloat16,
+        torch.float32,
+    ]
     assert len(casts_of(module)) == 2
 
 
@@ -167,7 +176,9 @@ def test_rewritten_graph_computes_what_the_assignment_means(
 ) -> None:
     described, assignment = case
     unit = rewrite(graph(described), assignment, InsertCasts(), FoldCasts(), RoundOperands())
-    for found, expected in zip(run(unit.joint.module), emulated(described, assignment), strict=True):
+    for found, expected in zip(
+        run(unit.joint.module), emulated(described, assignment), strict=True
+    ):
         assert torch.equal(found.float().nan_to_num(7), expected.float().nan_to_num(7))
 
 
@@ -197,9 +208,7 @@ def fewest_casts(described: str, assignment: Mapping[str, str]) -> int:
             stored = native
         start = _rounded((torch.float32, frozenset()), native)
         kept = _rounded(start, stored)
-        asked = {
-            _rounded(kept, dtype) for dtype in _asked(node, assignment)
-        }
+        asked = {_rounded(kept, dtype) for dtype in _asked(node, assignment)}
         total += _fewest(start, asked)
     return total
 
@@ -228,7 +237,9 @@ def _fewest(start: Label, asked: set[Label]) -> int:
         for count in range(3)
         for chosen in itertools.combinations(dtypes[1:], count)
     ]
-    labels = [(dtype, rounded) for dtype in dtypes for rounded in subsets if (dtype, rounded) != start]
+    labels = [
+        (dtype, rounded) for dtype in dtypes for rounded in subsets if (dtype, rounded) != start
+    ]
     for count in range(len(labels)):
         for chosen in itertools.combinations(labels, count):
             there = {start, *chosen}

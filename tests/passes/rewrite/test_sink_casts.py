@@ -40,9 +40,7 @@ def test_cast_moves_below_several_views_at_once() -> None:
 
 
 def test_cast_stays_where_the_whole_tensor_is_read() -> None:
-    described = (
-        f"{HEAD} | a = slice.Tensor x 0 0 32 | b = mm a w | c = mm x w | return b c"
-    )
+    described = f"{HEAD} | a = slice.Tensor x 0 0 32 | b = mm a w | c = mm x w | return b c"
     chosen = {"b": "bf16", "b.store": "bf16", "c": "bf16", "c.store": "bf16"}
     before = text(rewrite(graph(described), chosen, InsertCasts()).joint.module)
     after = text(rewrite(graph(described), chosen, InsertCasts(), SinkCasts()).joint.module)

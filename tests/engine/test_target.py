@@ -1,0 +1,239 @@
+"""Machines: shipped ones load, mistakes are named, measurements survive on disk."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from precision_compiler import measure
+from precision_compiler.errors import TargetError
+from precision_compiler.formats import FORMATS
+from precision_compiler.measure import Machine, alternate, layout_key, measured_machine, random_like
+from precision_compiler.target import FormatRate, Target
+from tests.helpers import machine
+
+TOML = """
+name = "small"
+description = "a small machine"
+device = "cpu"
+bandwidth = 1e10
+bandwidth_fraction = 0.5
+launch_seconds = 1e-6
+source = "a test"
+
+[formats.fp32]
+peak_flops = 1e11
+achieved_fraction = 0.8
+source = "a test"
+
+[formats.bf16]
+peak_flops = 4e11
+achieved_fraction = 0.8
+confidence = "weak"
+source = "a test"
+"""
+SHIPPED = [name for name in Target.names() if name != "cpu"]
+
+
+def loaded(folder: Path, text: str) -> Target:
+    path = folder / "small.toml"
+    path.write_text(text)
+    return Target.load(str(path))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_target_is_plausible(name: str) -> None:
+    target = Target.load(name)
+    assert target.name == name
+    assert target.machine is None
+    assert set(target.formats) <= set(FORMATS)
+    assert 0 < target.bandwidth_fraction <= 1
+    rates = [target.formats[fmt].flops for fmt in ("fp32", "tf32", "bf16")]
+    assert rates == sorted(rates)
+    for rate in target.formats.values():
+        assert 0 < rate.achieved_fraction <= 1
+        assert rate.source
+
+
+def test_names_start_with_this_machine() -> None:
+    assert Target.names()[0] == "cpu"
+    assert {"a100", "h100", "b200"} <= set(SHIPPED)
+
+
+def test_file_is_loaded_by_path(tmp_path: Path) -> None:
+    target = loaded(tmp_path, TOML)
+    assert target.name == "small"
+    assert target.formats["bf16"] == FormatRate(4e11, 0.8, "a test", "weak")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("device =", "colour = 3\ndevice =", "colour"),
+        ("confidence =", "colour =", r"formats\.bf16\.colour|bf16"),
+        ('"cpu"', '"tpu"', "device"),
+        ("bandwidth = 1e10", "bandwidth = -1e10", "rates must be positive"),
+        ("bandwidth = 1e10", "bandwidth = 0", "rates must be positive"),
+        ("bandwidth = 1e10", "bandwidth = nan", "bandwidth|rates must be positive"),
+        ("bandwidth = 1e10", 'bandwidth = "fast"', "bandwidth"),
+        ("bandwidth = 1e10", "", "bandwidth"),
+        ("1e-6", "-1e-6", "rates must be positive"),
+        ("peak_flops = 4e11", "peak_flops = -4e11", "rates must be positive"),
+        ("[formats.bf16]", "[formats.fp7]", "unknown format 'fp7'"),
+        ("[formats.fp32]", "[formats.fp16]", "no rate for fp32"),
+        ('"weak"', '"fair"', "confidence"),
+        ("name =", "name", "not valid TOML"),
+    ],
+)
+def test_mistake_in_a_file_is_named(before: str, after: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TargetError) as caught:
+        loaded(tmp_path, TOML.replace(before, after, 1))
+    assert re.search(message, str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_target_is_named_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"unknown target 'h900': choose auto, cpu, a100"):
+        Target.load("h900")
+    with pytest.raises(TargetError, match=r"cannot read the target .*absent\.toml: No such file"):
+        Target.load(str(tmp_path / "absent.toml"))
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(TargetError, match="is not valid TOML"):
+        Target.load(str(tmp_path / "bytes.toml"))
+
+
+def test_contraction_takes_as_long_as_its_slower_half() -> None:
+    target = machine()
+    assert target.stream_seconds(1e12) == pytest.approx(1.0)
+    assert target.contraction_seconds(1e12, 1, "fp32") == pytest.approx(1.0 + 1e-6)
+    assert target.contraction_seconds(1, 2e12, "fp32") == pytest.approx(2.0 + 1e-6)
+    assert target.contraction_seconds(4e12, 1, "bf16") == pytest.approx(1.0 + 1e-6)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Measurements that take no time, and a list of what was measured."""
+    taken: list[str] = []
+
+    def rates() -> dict[str, float]:
+        taken.append("rates")
+        return {"fp32": 1e11, "bf16": 3e11, "fp16": 1e10}
+
+    def stream() -> float:
+        taken.append("bandwidth")
+        return 2e10
+
+    monkeypatch.setattr(measure, "_matmul_flops", rates)
+    monkeypatch.setattr(measure, "_bandwidth", stream)
+    return taken
+
+
+def test_machine_is_measured_once_and_read_afterwards(tmp_path: Path, quick: list[str]) -> None:
+    first = measured_machine(tmp_path)
+    assert quick == ["rates", "bandwidth"]
+    assert first.path.parent == tmp_path
+    assert measured_machine(tmp_path) == first
+    assert quick == ["rates", "bandwidth"]
+    assert first.threads == torch.get_num_threads()
+    assert first.matmul_flops["bf16"] == 3e11
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "null", '{"identity": {}}', '{"identity": 3, "cases": []}', "\x00"]
+)
+def test_damaged_measurements_are_taken_anew(damage: str, tmp_path: Path, quick: list[str]) -> None:
+    first = measured_machine(tmp_path)
+    first.path.write_text(damage)
+    assert measured_machine(tmp_path).matmul_flops == first.matmul_flops
+    assert len(quick) == 4
+    assert json.loads(first.path.read_text())["identity"]
+
+
+@pytest.mark.parametrize(
+    "key", ["identity", "matmul_flops", "bandwidth", "launch_seconds", "cases"]
+)
+@pytest.mark.parametrize("value", [None, [], "text"])
+def test_damaged_key_is_measured_anew(
+    key: str, value: object, tmp_path: Path, quick: list[str]
+) -> None:
+    path = measured_machine(tmp_path).path
+    record = json.loads(path.read_text())
+    record[key] = value
+    path.write_text(json.dumps(record))
+    assert measured_machine(tmp_path).matmul_flops["fp32"] == 1e11
+    assert len(quick) == 4
+
+
+def test_another_thread_count_is_another_machine(
+    tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = measured_machine(tmp_path)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    second = measured_machine(tmp_path)
+    assert second.threads == 99
+    assert second.path != first.path
+    assert len(quick) == 4
+
+
+def test_cases_are_timed_once_and_kept(tmp_path: Path, quick: list[str]) -> None:
+    calls: list[str] = []
+    found = measured_machine(tmp_path)
+    times = found.seconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")})
+    assert set(times) == {"a", "b"}
+    assert all(0 <= value < 1 for value in times.values())
+    count = len(calls)
+    assert found.seconds({"a": lambda: calls.append("a")}) == {"a": times["a"]}
+    again = measured_machine(tmp_path)
+    assert again.seconds({"b": lambda: calls.append("b")}) == {"b": times["b"]}
+    assert len(calls) == count
+    assert quick == ["rates", "bandwidth"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_folder_that_cannot_be_written_only_costs_the_next_measurement(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    found = measured_machine(tmp_path / "file" / "folder")
+    assert found.bandwidth == 2e10
+    assert found.seconds({"a": lambda: None})["a"] >= 0
+
+
+def test_cases_alternate() -> None:
+    order: list[str] = []
+    alternate({name: lambda name=name: order.append(name) for name in "ab"})  # type: ignore[misc]
+    assert order == ["a", "b"] * (len(order) // 2)
+
+
+def test_this_machine_is_a_target(
+    tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = measured_machine(tmp_path)
+    monkeypatch.setattr("precision_compiler.target.measured_machine", lambda: found)
+    for name in ("auto", "cpu"):
+        target = Target.load(name)
+        assert target.name == "cpu"
+        assert target.machine is found
+        assert target.formats["bf16"].flops == 3e11
+    assert quick
+
+
+def test_random_tensor_has_sizes_strides_and_dtype() -> None:
+    like = torch.empty(4, 6, device="meta").t()
+    made = random_like(like, torch.bfloat16)
+    assert (made.shape, made.stride(), made.dtype) == (like.shape, like.stride(), torch.bfloat16)
+    assert made.isfinite().all()
+    assert not random_like(torch.empty(3, device="meta"), torch.int64).any()
+
+
+def test_layouts_that_may_differ_in_time_have_different_keys() -> None:
+    x = torch.empty(4, 6)
+    values = [x, x.t(), x.bfloat16(), x[:3], 3, 4, None, True]
+    assert len({layout_key([value]) for value in values}) == len(values)
+    assert layout_key([x]) == layout_key([torch.ones(4, 6)])
+
+
+def test_machines_differ_by_what_they_hold(tmp_path: Path) -> None:
+    one = Machine("a", 1, {}, 1.0, 1.0, tmp_path)
+    assert replace(one, threads=2) != one

@@ -1,0 +1,97 @@
+"""Prices of contractions: rooflines by hand, measurements by the machine at hand."""
+
+from pathlib import Path
+
+import pytest
+
+from precision_compiler.graph import contraction_rule
+from precision_compiler.measure import Machine
+from precision_compiler.passes.cost.price_contractions import PriceContractions, roofline
+from precision_compiler.pipeline import Unit
+from precision_compiler.target import Target
+from tests.helpers import graph, machine, unit_of
+
+TEXT = "x:f32[64,32] w:f32[32,16] v:f32[16] | a = addmm v x w | b = relu a | return b"
+
+
+def prices(unit: Unit) -> dict[str, dict[str, float]]:
+    assert not PriceContractions().run(unit)
+    return {name: dict(row) for name, row in unit.contraction_prices.items()}
+
+
+def test_roofline_takes_the_slower_of_arithmetic_and_traffic() -> None:
+    """1e12 bytes/s; fp32 1e12 FLOP/s, e4m3 16e12."""
+    nodes = {node.name: node for node in graph(TEXT).graph.nodes}
+    flops = 2 * 64 * 32 * 16
+    operands, result = 64 * 32 + 32 * 16, 64 * 16
+    assert roofline(nodes["a"], "fp32", machine()) == pytest.approx(flops / 1e12 + 1e-6)
+    assert roofline(nodes["a"], "tf32", machine()) == pytest.approx(flops / 2e12 + 1e-6)
+    slow_memory = Target(**{**vars(machine()), "bandwidth": 1e9, "machine": None})
+    for fmt, width, written in (("fp32", 4, 4), ("bf16", 2, 2), ("e4m3", 1, 2), ("tf32", 4, 4)):
+        size = width * operands + written * result
+        found = roofline(nodes["a"], fmt, slow_memory)
+        assert found == pytest.approx(size / 1e9 + 1e-6), fmt
+
+
+def test_every_contraction_has_a_price_in_every_format_of_the_target() -> None:
+    unit = unit_of(graph(TEXT), target=machine())
+    ((name, row),) = prices(unit).items()
+    assert name == unit.joint.sites[0].name
+    assert set(row) == set(machine().formats)
+    assert min(row.values()) > 0
+
+
+def test_what_is_no_contraction_has_no_roofline() -> None:
+    nodes = {node.name: node for node in graph(TEXT).graph.nodes}
+    assert contraction_rule(nodes["b"]) is None
+    with pytest.raises(ValueError, match="b is no contraction"):
+        roofline(nodes["b"], "fp32", machine())
+
+
+def here(folder: Path, **rates: float) -> Target:
+    """This machine with given matmul rates."""
+    own = Machine("here", 1, rates, 1e10, 1e-6, folder / "here.json")
+    target = machine(**rates)
+    return Target(**{**vars(target), "machine": own})
+
+
+MIXED = (
+    "x:f32[64,32] w:f32[32,16] q:f32[1,2,8,16] p:f32[2,3,8,8] k:f32[4,3,4,4] g:f32[2,4,2,2]"
+    " | a = mm x w | b = mm x w | t = t x | c = mm t a"
+    " | d = _scaled_dot_product_flash_attention_for_cpu q q q 0.0 true | o = getitem d 0"
+    " | l = getitem d 1"
+    " | e = _scaled_dot_product_flash_attention_for_cpu_backward o q q q o l 0.0 true"
+    " | f = getitem e 0"
+    " | h = convolution p k none [4,4] [0,0] [1,1] false [0,0] 1"
+    " | i = convolution_backward g p k [4] [4,4] [0,0] [1,1] false [0,0] 1 [true,true,true]"
+    " | j = getitem i 1 | return b c f h j"
+)
+
+
+def test_this_machine_times_each_distinct_call_in_each_fast_format(tmp_path: Path) -> None:
+    target = here(tmp_path, fp32=1e11, bf16=2e11, fp16=1e9)
+    unit = unit_of(graph(MIXED), target=target)
+    found = prices(unit)
+    assert len(found) == 7
+    names = {site.node: site.name for site in unit.joint.sites if site.kind == "contraction"}
+    assert found[names["a"]]["fp32"] == found[names["b"]]["fp32"]  # the same call
+    assert target.machine is not None
+    assert len(target.machine.cases) == 6 * 2
+    nodes = {node.name: node for node in unit.joint.module.graph.nodes}
+    for node, name in names.items():
+        assert found[name]["fp16"] == roofline(nodes[node], "fp16", target)
+        assert 0 < found[name]["bf16"] < 1
+    note = unit.journal.entries[-1].message
+    assert note.startswith(
+        "12 distinct calls on this machine: 12 timed now, 0 known from here.json"
+    )
+    assert note.endswith("slower than fp32: fp16")
+
+
+def test_known_calls_are_not_timed_again(tmp_path: Path) -> None:
+    target = here(tmp_path, fp32=1e11)
+    first = prices(unit_of(graph(TEXT), target=target))
+    again = unit_of(graph(TEXT), target=target)
+    assert prices(again) == first
+    assert "0 timed now, 1 known" in again.journal.entries[-1].message
+    assert again.journal.entries[-1].message.endswith("none")

@@ -1,0 +1,77 @@
+"""Prices of stored tensors and of casts, by hand."""
+
+import pytest
+
+from precision_compiler.formats import FORMATS
+from precision_compiler.passes.cost.price_traffic import PriceTraffic, fuses
+from precision_compiler.pipeline import Unit
+from tests.helpers import graph, machine, unit_of
+
+ELEMENTS = 32 * 32
+LAUNCH = 1e-6
+
+
+def priced(described: str) -> Unit:
+    unit = unit_of(graph(described), target=machine())
+    assert not PriceTraffic().run(unit)
+    return unit
+
+
+def passes(described: str, node: str) -> float:
+    """How often a stored tensor crosses memory, by its price."""
+    unit = priced(described)
+    names = {site.node: site.name for site in unit.joint.sites if site.kind == "storage"}
+    row = unit.store_prices[names[node]]
+    assert set(row) == {"fp32", "bf16", "fp16"}
+    assert row["bf16"] == row["fp16"] == pytest.approx(row["fp32"] / 2)
+    return row["fp32"] / (4 * ELEMENTS / 1e12)
+
+
+@pytest.mark.parametrize(
+    ("described", "node", "count"),
+    [
+        # written by a fused kernel, read by a contraction, whose price includes that
+        ("x:f32[32,32] | a = relu x | b = mm a x | return b", "a", 1 + 1),
+        # written by a contraction, read by one fused kernel
+        ("x:f32[32,32] | a = mm x x | b = relu a | c = neg a | return b c", "a", 1),
+        ("x:f32[32,32] | a = mm x x | b = mm a x | c = mm b x | return c", "a", 0),
+        # read before and behind another contraction: two kernels
+        ("x:f32[32,32] | a = mm x x | b = relu a | c = mm b x | d = add c a | return d", "a", 2),
+        # read forward and backward: two kernels
+        ("x:f32[32,32] | a = mm x x | b = relu a | c@backward = neg a | return b c", "a", 2),
+        ("x:f32[32,32] | a = mm x x | t = t a | b = relu t | return b", "a", 1),
+    ],
+)
+def test_tensor_is_written_once_and_read_once_per_kernel(
+    described: str, node: str, count: int
+) -> None:
+    if node == "a" and "relu x | b = mm" in described:
+        count = 1
+    assert passes(described, node) == pytest.approx(count)
+
+
+def test_cast_joins_the_kernel_that_makes_the_tensor() -> None:
+    row = priced("x:f32[32,32] | a = relu x | b = mm a x | return b").cast_prices["a"]
+    assert row["bf16"] == pytest.approx(2 * ELEMENTS / 1e12)
+    assert row["e4m3"] == pytest.approx((1 + 4) * ELEMENTS / 1e12)  # amax first
+
+
+def test_cast_of_an_input_or_a_contractions_result_is_a_kernel_of_its_own() -> None:
+    prices = priced("x:f32[32,32] | a = mm x x | b = mm a x | return b").cast_prices
+    for source in ("x", "a"):
+        assert prices[source]["bf16"] == pytest.approx((2 + 4) * ELEMENTS / 1e12 + LAUNCH)
+        assert prices[source]["e5m2"] == pytest.approx((1 + 4 + 4) * ELEMENTS / 1e12 + LAUNCH)
+
+
+def test_every_operand_and_result_of_a_contraction_has_prices_in_every_format() -> None:
+    unit = priced("x:f32[32,32] y:f32[32,32] | t = t x | a = mm t x | b = relu y | return a b")
+    assert {source: set(row) for source, row in unit.cast_prices.items()} == dict.fromkeys(("x", "a"), set(FORMATS))
+
+
+@pytest.mark.parametrize(
+    ("op", "joins"), [("relu x", True), ("sum x", True), ("mm x x", False), ("t x", False)]
+)
+def test_what_fuses_is_pointwise_or_a_reduction(op: str, joins: bool) -> None:
+    nodes = {node.name: node for node in graph(f"x:f32[4,4] | a = {op} | return a").graph.nodes}
+    assert fuses(nodes["a"]) == joins
+    assert not fuses(nodes["x"])
