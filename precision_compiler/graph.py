@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import operator
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
@@ -165,7 +166,9 @@ def uses_past_movement(root: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:
     """The same graph in a module of its own; weights and node names are kept."""
-    twin = fx.GraphModule(module, copy.deepcopy(module.graph))
+    with warnings.catch_warnings():  # torch copies its own graphs with a class it deprecates
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        twin = fx.GraphModule(module, copy.deepcopy(module.graph))
     twin.meta.update(module.meta)
     return twin
 

@@ -24,8 +24,9 @@ from precision_compiler.toolchain import require_toolchain
 
 SEED = 0
 WARM_ROUNDS = 2
-FEWEST_ROUNDS = 10
+FEWEST_ROUNDS = 8
 TRIAL_ROUNDS = 3
+FEWEST_BETWEEN_MEASUREMENTS = 4
 PEAK_LEARNING_RATE = 1e-3
 WARM_UP = 0.1
 
@@ -185,7 +186,7 @@ def _train(
     """Trains all variants in turns; returns the steps at which their loss was measured."""
     rounds = _affordable_rounds(variants, held_out, demo, deadline)
     batches = islice(corpus.training_batches(SEED), rounds)
-    every = math.ceil(rounds / demo.evaluations)
+    every = max(FEWEST_BETWEEN_MEASUREMENTS, math.ceil(rounds / demo.evaluations))
     measured, started = [0], time.monotonic()
     for step, batch in enumerate(progress.track(batches, total=rounds, description="train")):
         # A machine that others use can become slower than it was judged to be: then time counts.

@@ -15,11 +15,11 @@ from torch import fx, nn
 from precision_compiler.capture import capture_inference
 from precision_compiler.compiler import check_forward, rewrite
 from precision_compiler.errors import ExportError
+from precision_compiler.export.emulated_formats import spell_out_rounding
 from precision_compiler.export.onnx_writer import GraphInput, OnnxReport, read_metadata, write_onnx
 from precision_compiler.facts import facts_of
 from precision_compiler.graph import root_of
 from precision_compiler.joint import JointGraph
-from precision_compiler.passes.lower.round_operands import ROUND_OPERAND
 from precision_compiler.plan import NodeChoice, Plan
 from precision_compiler.record import node_choices
 
@@ -50,7 +50,7 @@ def export_onnx(
     joint = capture_inference(model, batch)
     check_forward(plan, joint.sites)
     rewrite(joint, plan, strict=False)
-    _leave_tf32_to_hardware(joint.module)
+    spell_out_rounding(joint.module)
     inputs, parameters = _inputs(model, batch, joint)
     return write_onnx(
         joint.module,
@@ -60,15 +60,6 @@ def export_onnx(
         model_metadata=_metadata(plan),
         path=Path(path),
     )
-
-
-def _leave_tf32_to_hardware(module: fx.GraphModule) -> None:
-    """tf32 operands are float32 in memory: the annotation says it, the graph needs no operation."""
-    for node in list(module.graph.nodes):
-        if node.target is ROUND_OPERAND and node.args[1] == "tf32":
-            node.replace_all_uses_with(node.args[0])
-            module.graph.erase_node(node)
-    module.recompile()
 
 
 def read_plan(path: str | os.PathLike[str]) -> Plan:

@@ -65,7 +65,8 @@ def test_cast_of_an_input_or_a_contractions_result_is_a_kernel_of_its_own() -> N
 
 def test_every_operand_and_result_of_a_contraction_has_prices_in_every_format() -> None:
     unit = priced("x:f32[32,32] y:f32[32,32] | t = t x | a = mm t x | b = relu y | return a b")
-    assert {source: set(row) for source, row in unit.cast_prices.items()} == dict.fromkeys(("x", "a"), set(FORMATS))
+    assert set(unit.cast_prices) == {"x", "a"}
+    assert all(set(row) == set(FORMATS) for row in unit.cast_prices.values())
 
 
 @pytest.mark.parametrize(
