@@ -14,7 +14,8 @@ import networkx
 import torch
 from torch import fx
 from torch._subclasses import FakeTensor
-from torch.fx.graph import _parse_stack_trace
+
+from precision_compiler.sizes import size_hint
 
 aten = torch.ops.aten
 CONVERT = torch.ops.prims.convert_element_type.default
@@ -97,7 +98,7 @@ def value_of(node: fx.Node) -> torch.Tensor | None:
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Shape of the tensor a node produces, symbolic sizes at their hint."""
     value = value_of(node)
-    return () if value is None else tuple(int(size) for size in value.shape)
+    return () if value is None else tuple(size_hint(size) for size in value.shape)
 
 
 def is_float32(node: fx.Node) -> bool:
@@ -247,10 +248,3 @@ class Mover:
         node.meta.update({key: value for key, value in view.meta.items() if key != "val"})
         refresh(node)
         return node
-
-
-def source_line(node: fx.Node) -> str:
-    """``file.py:12`` of the user's code that made the node, or an empty string."""
-    trace = node.meta.get("stack_trace")
-    parsed = _parse_stack_trace(trace) if trace else None
-    return f"{parsed.file}:{parsed.lineno}" if parsed else ""

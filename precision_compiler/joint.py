@@ -17,6 +17,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from precision_compiler.errors import CaptureError
 from precision_compiler.graph import copied
 from precision_compiler.sites import Site, find_sites
+from precision_compiler.sizes import size_hint
 
 
 @dataclass
@@ -119,7 +120,8 @@ def trace_joint(module: fx.GraphModule, inputs: Sequence[Any]) -> JointGraph:
     with torch._functorch.config.patch(enable_autograd_cache=False):
         compile_fx(copied(module), list(inputs), inner_compile=stub, config_patches=patches)
     joint = JointGraph.of(seen[0], names, [isinstance(value, nn.Parameter) for value in inputs])
-    joint.inputs, joint.saved = list(inputs), frozenset(saved)
+    joint.inputs = [size_hint(v) if isinstance(v, torch.SymInt) else v for v in inputs]
+    joint.saved = frozenset(saved)
     return joint
 
 

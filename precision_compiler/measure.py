@@ -17,6 +17,7 @@ import torch
 
 from precision_compiler.formats import FORMATS
 from precision_compiler.plan import write_atomically
+from precision_compiler.sizes import size_hint
 
 CACHE = Path.home() / ".cache" / "precision_compiler"
 _FORMATS = ("fp32", "bf16", "fp16")
@@ -164,7 +165,7 @@ def _load(path: Path, identity: Mapping[str, str]) -> Machine | None:
 
 def random_like(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A tensor with the sizes and strides of a fake one and random contents."""
-    sizes, strides = [int(size) for size in value.shape], [int(step) for step in value.stride()]
+    sizes, strides = list(map(size_hint, value.shape)), list(map(size_hint, value.stride()))
     made = torch.empty_strided(sizes, strides, dtype=dtype)
     return made.normal_() if dtype.is_floating_point else made.zero_()
 

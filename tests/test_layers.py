@@ -15,6 +15,7 @@ LAYERS = (
         "formats",
         "journal",
         "measure",
+        "sizes",
         "plan",
         "statistics",
         "target",

@@ -27,7 +27,9 @@ WARM_ROUNDS = 2
 FEWEST_ROUNDS = 8
 TRIAL_ROUNDS = 3
 FEWEST_BETWEEN_MEASUREMENTS = 4
-PEAK_LEARNING_RATE = 1e-3
+# At 1e-3 the quick form is chaotic: fp32 with random gradient noise as small as bf16's rounding
+# ended between 2.907 and 2.963. At 5e-4 the same noise moved the loss by less than 0.03 %.
+PEAK_LEARNING_RATE = 5e-4
 WARM_UP = 0.1
 
 

@@ -111,12 +111,15 @@ def test_evaluation_and_other_batch_sizes_follow_the_plan(
     low_precision: tuple[Decoder, precision_compiler.Plan],
 ) -> None:
     model, plan = low_precision
+    gradients(model, batch_of())
     tokens, targets = batch_of(3)
     reference = model_of()
     with torch.no_grad():
         assert torch.allclose(model(tokens), reference(tokens), atol=0.05)
         assert not torch.equal(model(tokens), reference(tokens))
     assert torch.isfinite(model(tokens, targets))
+    with torch._dynamo.config.patch(error_on_recompile=True):  # sizes became symbolic
+        assert torch.isfinite(model(*batch_of(5)))
     assert precision_compiler.plan_of(model) is plan
 
 
