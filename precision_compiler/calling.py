@@ -79,6 +79,17 @@ def unbroken_by_logging(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
+def plain_operations() -> Iterator[None]:
+    """Keep torch's modules from taking one opaque operation for a whole layer in inference."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Restore buffers and the random number generators afterwards."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]

@@ -15,6 +15,7 @@ from precision_compiler.calling import (
     clear_errors,
     left_as_it_was,
     loss_of,
+    plain_operations,
     unbroken_by_logging,
 )
 from precision_compiler.errors import CaptureError
@@ -69,7 +70,7 @@ def capture_inference(model: nn.Module, batch: Any) -> JointGraph:
         CaptureError: the model fails on the batch or breaks into several graphs.
     """
     training = [module for module in model.modules() if module.training]
-    with left_as_it_was(model), torch.no_grad():
+    with left_as_it_was(model), torch.no_grad(), plain_operations():
         model.eval()
         try:
             with clear_errors():

@@ -25,7 +25,8 @@ class PriceContractions:
        and traffic of operands and result at the achieved bandwidth, plus a launch.
     2. On this machine: the very call (operation, sizes, strides, dtype) is timed, all formats
        in turn, and kept on disk. Formats that a square matmul shows to be slower than float32
-       are priced by rule 1 with their measured rate: timing them would take longer than it tells.
+       are not timed, which would take longer than it tells: they cost as many times the float32
+       call as they are slower there.
     """
 
     name: ClassVar[str] = "price-contractions"
@@ -58,10 +59,13 @@ class PriceContractions:
                 cases.setdefault(key, case)
         known = len(set(cases) & set(machine.cases))
         seconds = machine.seconds(cases)
+        slower = {fmt: slowest / rate for fmt, rate in machine.matmul_flops.items()}
         unit.contraction_prices = {
             name: {
-                fmt: seconds[keys[name, fmt]] if fmt in formats else price
-                for fmt, price in prices.items()
+                fmt: seconds[keys[name, fmt]]
+                if fmt in formats
+                else seconds[keys[name, "fp32"]] * slower[fmt]
+                for fmt in prices
             }
             for name, prices in unit.contraction_prices.items()
         }

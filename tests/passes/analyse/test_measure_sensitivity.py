@@ -162,7 +162,7 @@ def test_predicted_error_of_every_rounding_is_the_real_one(
 @pytest.mark.parametrize("name", ["mlp", "gpt", "llama", "vit"])
 def test_predicted_error_of_a_whole_plan_is_the_real_one(name: str) -> None:
     found, plan = captured(name), planned(name)
-    assert set(plan.assignment.values()) > {"bf16"}
+    assert {"bf16", "fp16"} & set(plan.assignment.values())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         module = rewritten(found.joint, plan)
