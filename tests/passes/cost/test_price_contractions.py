@@ -77,11 +77,9 @@ def test_this_machine_times_each_distinct_call_in_each_fast_format(tmp_path: Pat
     assert found[names["a"]]["fp32"] == found[names["b"]]["fp32"]  # the same call
     assert target.machine is not None
     assert len(target.machine.cases) == 6 * 2
-    nodes = {node.name: node for node in unit.joint.module.graph.nodes}
-    for node, name in names.items():
-        rates = machine.matmul_flops
-    slower = rates["fp32"] / rates["fp16"]
-    assert found[name]["fp16"] == pytest.approx(found[name]["fp32"] * slower)
+    slower = target.machine.matmul_flops["fp32"] / target.machine.matmul_flops["fp16"]
+    for name in names.values():
+        assert found[name]["fp16"] == pytest.approx(found[name]["fp32"] * slower)
         assert 0 < found[name]["bf16"] < 1
     note = unit.journal.entries[-1].message
     assert note.startswith(
