@@ -7,12 +7,13 @@ if __name__ != "precision_compiler.passes":
     )
 
 from precision_compiler.passes.analyse.measure_sensitivity import MeasureSensitivity
-from precision_compiler.passes.analyse.veto_ranges import VetoRanges
+from precision_compiler.passes.analyse.raise_flags import RaiseFlags
 from precision_compiler.passes.assign.choose_formats import ChooseFormats
 from precision_compiler.passes.assign.score_autocast import ScoreAutocast
+from precision_compiler.passes.assign.set_budget import SetBudget
 from precision_compiler.passes.cost.price_contractions import PriceContractions
 from precision_compiler.passes.cost.price_traffic import PriceTraffic
-from precision_compiler.passes.lower.round_operands import RoundOperands
+from precision_compiler.passes.lower.emulate_formats import EmulateFormats
 from precision_compiler.passes.rewrite.fold_casts import FoldCasts
 from precision_compiler.passes.rewrite.insert_casts import InsertCasts
 from precision_compiler.passes.rewrite.sink_casts import SinkCasts
@@ -20,22 +21,29 @@ from precision_compiler.pipeline import Pass
 
 DECIDE: tuple[Pass, ...] = (
     MeasureSensitivity(),
-    VetoRanges(),
+    RaiseFlags(),
     PriceContractions(),
     PriceTraffic(),
     ScoreAutocast(),
+    SetBudget(),
     ChooseFormats(),
 )
 """From a captured graph to an assignment."""
+
+CHOOSE: tuple[Pass, ...] = (ChooseFormats(),)
+"""From corrected predictions to another assignment."""
 
 REWRITE: tuple[Pass, ...] = (
     InsertCasts(),
     SinkCasts(),
     FoldCasts(),
-    RoundOperands(),
+    EmulateFormats(),
 )
 """From an assignment to the graph that runs."""
 
+EMULATE: tuple[Pass, ...] = (EmulateFormats(everything=True),)
+"""From an assignment to a graph with its exact numerics on any machine."""
+
 DEFAULT: tuple[Pass, ...] = DECIDE + REWRITE
 
-__all__ = ["DECIDE", "DEFAULT", "REWRITE"]
+__all__ = ["CHOOSE", "DECIDE", "DEFAULT", "EMULATE", "REWRITE"]

@@ -1,7 +1,7 @@
 """Decide which number format every operation of a Transformer's training graph runs in."""
 
-from precision_compiler.backend import compile, plan_of
-from precision_compiler.compiler import make_plan
+from precision_compiler.backend import compile, emulate, plan_of
+from precision_compiler.compiler import make_plan, measure_error
 from precision_compiler.errors import (
     AnalysisError,
     BudgetError,
@@ -16,7 +16,8 @@ from precision_compiler.errors import (
     WorkloadError,
 )
 from precision_compiler.export import export_onnx
-from precision_compiler.plan import Plan
+from precision_compiler.flags import Flag
+from precision_compiler.plan import MeasuredError, Plan, Verification
 from precision_compiler.target import Target
 from precision_compiler.workload import Workload
 
@@ -25,7 +26,9 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "ExportError",
+    "Flag",
     "FormatError",
+    "MeasuredError",
     "Plan",
     "PlanError",
     "PlanMismatch",
@@ -33,10 +36,13 @@ __all__ = [
     "Target",
     "TargetError",
     "ToolchainError",
+    "Verification",
     "Workload",
     "WorkloadError",
     "compile",
+    "emulate",
     "export_onnx",
     "make_plan",
+    "measure_error",
     "plan_of",
 ]

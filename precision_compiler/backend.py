@@ -16,6 +16,8 @@ from precision_compiler.capture import capture, captured_alone
 from precision_compiler.compiler import as_target, check_plan, make_plan, plan_for, rewrite
 from precision_compiler.errors import PlanError, PrecisionError
 from precision_compiler.joint import JointGraph, input_names, trace_joint
+from precision_compiler.passes import EMULATE, REWRITE
+from precision_compiler.pipeline import Pass
 from precision_compiler.plan import Budget, Plan
 from precision_compiler.target import Target
 from precision_compiler.toolchain import require_toolchain
@@ -27,18 +29,28 @@ _OPTIONS = ("target", "budget", "plan")
 class _Rewrite(CustomGraphPass):
     """Carries a plan out on the joint graph that Inductor is about to compile."""
 
-    def __init__(self, plan: Plan, names: list[str], parameters: list[bool], strict: bool) -> None:
-        self.plan, self.names, self.parameters, self.strict = plan, names, parameters, strict
+    def __init__(
+        self,
+        plan: Plan,
+        names: list[str],
+        parameters: list[bool],
+        strict: bool,
+        passes: Sequence[Pass],
+    ) -> None:
+        self.plan, self.names, self.parameters = plan, names, parameters
+        self.strict, self.passes = strict, passes
 
     def __call__(self, graph: fx.Graph) -> None:
         module = graph.owning_module
         assert module is not None
         joint = JointGraph.of(module, self.names, self.parameters)
-        rewrite(joint, self.plan, strict=self.strict and not joint.inference)
+        strict = self.strict and not joint.inference
+        rewrite(joint, self.plan, strict=strict, passes=self.passes)
 
     def uuid(self) -> str:
         """The plan's decisions and our own source: Inductor's caches stay valid."""
-        return f"{self.plan.digest}-{_source_hash()}-{self.parameters}-{self.strict}"
+        names = [step.name for step in self.passes]
+        return f"{self.plan.digest}-{_source_hash()}-{self.parameters}-{self.strict}-{names}"
 
 
 @cache
@@ -54,9 +66,23 @@ class PrecisionBackend:
     (evaluation mode, other batch shapes) follow it by site name.
     """
 
-    def __init__(self, target: str | Target, budget: float | str, plan: Plan | None) -> None:
+    def __init__(
+        self,
+        target: str | Target,
+        budget: float | str,
+        plan: Plan | None,
+        passes: Sequence[Pass] = REWRITE,
+    ) -> None:
+        """Take the options of ``compile``.
+
+        Args:
+            target: machine to plan for.
+            budget: largest relative gradient error.
+            plan: a plan made before.
+            passes: REWRITE, or EMULATE for the plan's exact numerics on any machine.
+        """
         self.target, self.budget, self.plan = target, Budget.parse(budget), plan
-        self._compiled = False
+        self.passes, self._compiled = passes, False
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one of Dynamo's graphs."""
@@ -66,7 +92,8 @@ class PrecisionBackend:
                 return _compile(module, inputs, {})
             self.plan = plan_for(captured_alone(joint), as_target(self.target), self.budget)
         parameters = [isinstance(value, nn.Parameter) for value in inputs]
-        hook = _Rewrite(self.plan, input_names(module), parameters, strict=not self._compiled)
+        names = input_names(module)
+        hook = _Rewrite(self.plan, names, parameters, not self._compiled, self.passes)
         patches: dict[str, Any] = {"joint_custom_pre_pass": hook}
         if any(fmt != "fp32" for fmt in self.plan.assignment.values()):
             # Without it, kernels pass values on unrounded where plan and prediction have them
@@ -101,7 +128,7 @@ def precision(
     if unknown:
         raise PrecisionError(f"unknown option {unknown[0]!r}: choose from {', '.join(_OPTIONS)}")
     backend = PrecisionBackend(
-        given.get("target", "auto"), given.get("budget", "autocast"), given.get("plan")
+        given.get("target", "auto"), given.get("budget", "auto"), given.get("plan")
     )
     return backend(module, inputs)
 
@@ -112,7 +139,7 @@ def compile(
     *,
     loss: Loss | None = None,
     target: str | Target = "auto",
-    budget: float | str = "autocast",
+    budget: float | str = "auto",
     plan: Plan | None = None,
 ) -> nn.Module:
     """Compile a module in place with the formats of a plan, and return it.
@@ -125,7 +152,8 @@ def compile(
             keywords. Without it the first training call decides, on its own batch.
         loss: ``loss(output, batch)`` where the model does not return its loss.
         target: machine to plan for, "auto" for this one.
-        budget: largest relative gradient error, or "autocast".
+        budget: largest relative gradient error, "autocast", "noise:x" or "auto", as in
+            ``make_plan``.
         plan: a plan made earlier, on this or another machine; nothing is analysed then.
 
     Raises:
@@ -133,8 +161,8 @@ def compile(
             do; the model is left as it was.
     """
     require_toolchain()
-    if plan is not None and not isinstance(plan, Plan):
-        raise PlanError(f"plan is a {type(plan).__name__}: read plan files with Plan.load(path)")
+    if plan is not None:
+        _require_plan(plan)
     Budget.parse(budget)
     if plan is not None and batch is not None:
         check_plan(plan, capture(model, batch, loss).joint.sites)
@@ -142,11 +170,35 @@ def compile(
         plan = make_plan(model, batch, loss=loss, target=target, budget=budget)
     elif plan is None:
         as_target(target)
-    backend = PrecisionBackend(target, budget, plan)
+    return _installed(model, PrecisionBackend(target, budget, plan))
+
+
+def emulate(model: nn.Module, plan: Plan) -> nn.Module:
+    """Compile a module in place with the exact numerics of a plan, on any machine; return it.
+
+    Operands and results are rounded as the plan's formats have it, products accumulate in
+    float32: a plan for a GPU can be tried for its loss curve on a laptop, at float32 speed.
+
+    Raises:
+        PlanError: ``plan`` is not a plan.
+        ToolchainError: there is no C++ compiler.
+        PlanMismatch: (at the first call) the plan belongs to another model.
+    """
+    require_toolchain()
+    _require_plan(plan)
+    return _installed(model, PrecisionBackend("auto", 0.0, plan, EMULATE))
+
+
+def _installed(model: nn.Module, backend: PrecisionBackend) -> nn.Module:
     compiled = torch.compile(model._call_impl, backend=backend)  # what model.compile does
     model._compiled_call_impl = unbroken_by_logging(compiled)
     model.__dict__[_ATTRIBUTE] = backend
     return model
+
+
+def _require_plan(plan: object) -> None:
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan is a {type(plan).__name__}: read plan files with Plan.load(path)")
 
 
 def plan_of(model: nn.Module) -> Plan:

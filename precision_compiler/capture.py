@@ -35,11 +35,28 @@ class Captured:
         objective: takes a function that computes the forward results and returns the loss,
             connected to them by autograd.
         origin: a sentence on where the loss comes from.
+        again: captures the same model on another batch; None where the model is not at hand.
+        batch: what the model was called with.
+        gradients: the gradients of the model's parameters on another batch of any size, by the
+            model itself.
     """
 
     joint: JointGraph
     objective: Callable[[Forward], torch.Tensor]
     origin: str
+    again: "Callable[[Any], Captured] | None" = None
+    batch: Any = None
+    gradients: Callable[[Any], Sequence[torch.Tensor]] | None = None
+
+    def on(self, batch: Any) -> "Captured":
+        """The same model on another batch; the same graph if the batch has the same shapes.
+
+        Raises:
+            CaptureError: the model fails on that batch, or is not at hand.
+        """
+        if self.again is None:
+            raise CaptureError("only a model captured with capture(model, batch) can change batch")
+        return self.again(batch)
 
 
 def capture(model: nn.Module, batch: Any, loss: Loss | None = None) -> Captured:
@@ -49,18 +66,28 @@ def capture(model: nn.Module, batch: Any, loss: Loss | None = None) -> Captured:
         CaptureError: the model fails on the batch, breaks into several graphs, or there is no
             scalar loss.
     """
-    with left_as_it_was(model), torch.enable_grad():
-        with clear_errors():
-            loss_of(call_model(model, batch), batch, loss)
-        recorder = _record(model, batch)
-        joint = recorder.joint
+    recorder = _Recorder(model)
+    origin = "loss(output, batch)" if loss is not None else "the model's own loss"
+
+    def gradients(other: Any) -> Sequence[torch.Tensor]:
+        with left_as_it_was(model), torch.enable_grad(), clear_errors():
+            value = loss_of(call_model(model, other), other, loss)
+            wanted = [p for p in model.parameters() if p.requires_grad]
+            return torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
+
+    def on(other: Any) -> Captured:
+        with left_as_it_was(model), torch.enable_grad():
+            with clear_errors():
+                loss_of(call_model(model, other), other, loss)
+            joint = recorder.trace(other)
 
         def objective(forward: Forward) -> torch.Tensor:
             with left_as_it_was(model), torch.enable_grad():
-                return loss_of(recorder.run(forward), batch, loss)
+                return loss_of(recorder.run(other, forward), other, loss)
 
-    origin = "loss(output, batch)" if loss is not None else "the model's own loss"
-    return Captured(joint, objective, origin)
+        return Captured(joint, objective, origin, on, other, gradients)
+
+    return on(batch)
 
 
 def capture_inference(model: nn.Module, batch: Any) -> JointGraph:
@@ -75,7 +102,7 @@ def capture_inference(model: nn.Module, batch: Any) -> JointGraph:
         try:
             with clear_errors():
                 call_model(model, batch)
-            return _record(model, batch).joint
+            return _Recorder(model).trace(batch)
         finally:
             for module in training:
                 module.training = True
@@ -109,49 +136,50 @@ def _random_projection(value: torch.Tensor, generator: torch.Generator) -> torch
 
 
 class _Recorder:
-    """A Dynamo backend that traces the joint graph and lets others supply its results."""
+    """A Dynamo backend that traces joint graphs of one model and lets others supply results."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.joints: list[JointGraph] = []
         self.forward: Forward | None = None
-        self.function: Callable[[], Any] | None = None
+        self.ran: tuple[int, Sequence[Any]] | None = None
+        batch: Any = None
+
+        def call() -> Any:
+            return call_model(model, batch)
+
+        # Dynamo keeps its caches with the code object: a new one, so that nothing of this capture
+        # stays behind in the user's functions.
+        code = call.__code__.replace(co_name=f"captured_call_{next(_numbers)}")
+        fresh = types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
+        assert call.__closure__ is not None
+        self._batch = call.__closure__[code.co_freevars.index("batch")]
+        compiled = torch.compile(fresh, backend=self, fullgraph=True, dynamic=False)
+        self.function = unbroken_by_logging(compiled)
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        position = len(self.joints)
         self.joints.append(trace_joint(module, inputs))
 
         def run(*values: Any) -> Sequence[Any]:
+            self.ran = position, values
             return self.forward() if self.forward is not None else module(*values)
 
         return run
 
-    @property
-    def joint(self) -> JointGraph:
-        return self.joints[0]
+    def trace(self, batch: Any) -> JointGraph:
+        """The joint graph of the model on a batch, traced only if its shapes are new."""
+        self.ran = None
+        with clear_errors():
+            self.run(batch, None)
+        if self.ran is None:
+            raise CaptureError("the model runs no tensor operation on this batch")
+        position, values = self.ran
+        return self.joints[position].with_inputs(values)
 
-    def run(self, forward: Forward | None) -> Any:
+    def run(self, batch: Any, forward: Forward | None) -> Any:
         """Call the model with the graph's results computed by ``forward``."""
-        assert self.function is not None
-        self.forward = forward
+        self._batch.cell_contents, self.forward = batch, forward
         try:
             return self.function()
         finally:
-            self.forward = None
-
-
-def _record(model: nn.Module, batch: Any) -> _Recorder:
-    recorder = _Recorder()
-
-    def call() -> Any:
-        return call_model(model, batch)
-
-    # Dynamo keeps its caches with the code object: a new one, so that nothing of this capture
-    # stays behind in the user's functions.
-    code = call.__code__.replace(co_name=f"captured_call_{next(_numbers)}")
-    fresh = types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
-    compiled = torch.compile(fresh, backend=recorder, fullgraph=True, dynamic=False)
-    recorder.function = unbroken_by_logging(compiled)
-    with clear_errors():
-        recorder.run(None)
-    if not recorder.joints:
-        raise CaptureError("the model runs no tensor operation on this batch")
-    return recorder
+            self._batch.cell_contents = self.forward = None

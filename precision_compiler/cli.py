@@ -108,9 +108,19 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "or auto for this machine (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--budget", default="autocast", metavar="B",
-        help="largest relative gradient error, such as 0.01, or autocast for no more than "
-        "torch.autocast in bf16 would cause (default: %(default)s)",
+        "--budget", default="auto", metavar="B",
+        help="largest relative gradient error, such as 0.01; autocast: no more than "
+        "torch.autocast in bf16 would cause; noise:0.1: a tenth of the gradient's noise between "
+        "mini-batches; auto: the larger of these two, at most 0.2 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batches", type=_positive, default=2, metavar="N",
+        help="batches of the workload to analyse; the one after them verifies the plan "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--learning-rate", type=float, metavar="LR",
+        help="of the training: warns of updates that narrow weights would lose",
     )  # fmt: skip
     parser.set_defaults(command=_plan)
 
@@ -163,12 +173,17 @@ def _plan(options: argparse.Namespace) -> None:
     workload = load_workload(options.workload)
     _require_folder(options.output)
     with _spinner("loading the model") as report:
+        first, *others = workload.first_batches(options.batches + 1)
+        held_out = others.pop() if others else None
         plan = make_plan(
             workload.model,
-            workload.first_batch(),
+            first,
             loss=workload.loss,
             target=options.target,
             budget=_budget(options.budget),
+            calibration=others,
+            held_out=held_out,
+            learning_rate=options.learning_rate,
             progress=report,
         )
     plan.save(options.output)
@@ -194,6 +209,13 @@ def _targets(options: argparse.Namespace) -> None:
     with _spinner("measuring this machine"):
         targets = [Target.load(name) for name in Target.names()]
     show_targets(targets, Console())
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("it must be 1 or more")
+    return number
 
 
 def _budget(text: str) -> str | float:

@@ -1,5 +1,6 @@
-"""Read this first: model and batch -> capture -> analyse -> cost -> assign -> rewrite -> plan."""
+"""Read this first: batch -> capture -> analyse -> cost -> assign -> verify -> rewrite -> plan."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -10,11 +11,12 @@ from precision_compiler.errors import PlanMismatch
 from precision_compiler.joint import JointGraph
 from precision_compiler.journal import Journal
 from precision_compiler.passes import DECIDE, REWRITE
-from precision_compiler.pipeline import Pipeline, Progress, Unit
-from precision_compiler.plan import Budget, Plan
+from precision_compiler.pipeline import Pass, Pipeline, Progress, Unit, silent
+from precision_compiler.plan import Budget, MeasuredError, Plan
 from precision_compiler.record import plan_of_unit
 from precision_compiler.sites import Site, find_sites, fingerprint
 from precision_compiler.target import Target
+from precision_compiler.verification import Truth, verify_plan
 
 
 def make_plan(
@@ -23,7 +25,11 @@ def make_plan(
     *,
     loss: Loss | None = None,
     target: str | Target = "auto",
-    budget: float | str = "autocast",
+    budget: float | str = "auto",
+    calibration: Iterable[Any] = (),
+    held_out: Any = None,
+    learning_rate: float | None = None,
+    memory: float | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Decide the formats of a model's training graph without compiling it.
@@ -34,18 +40,60 @@ def make_plan(
         loss: ``loss(output, batch)`` giving a scalar; without it the model's output is the loss
             or has ``.loss``.
         target: "auto" for this machine, a shipped target's name, a TOML file or a ``Target``.
-        budget: largest relative gradient error, or "autocast": what torch.autocast would cause.
+        budget: largest relative gradient error; "autocast": what torch.autocast would cause;
+            "noise:x": x times the gradient's noise between mini-batches; "auto": the larger of
+            "autocast" and "noise:0.1", at most 0.2.
+        calibration: further batches; what is measured on them is averaged.
+        held_out: a batch to verify the plan on; without it, it is verified on ``batch``.
+        learning_rate: of the training, to tell what narrow weights would lose.
+        memory: bytes the analysis may take beside the values of the graph; half of what is free
+            if not given.
         progress: called with a short sentence before each step.
 
     Raises:
         BudgetError, TargetError, CaptureError, AnalysisError: see there; each says what to do.
     """
     wanted = Budget.parse(budget)
-    say = progress or _silent
+    say = progress or silent
     say("Load the target")
     machine = as_target(target)
     say("Capture the joint forward and backward graph")
-    return plan_for(capture(model, batch, loss), machine, wanted, say)
+    captured = capture(model, batch, loss)
+    return plan_for(
+        captured,
+        machine,
+        wanted,
+        calibration=tuple(map(captured.on, calibration)),
+        held_out=None if held_out is None else captured.on(held_out),
+        learning_rate=learning_rate,
+        memory=memory,
+        progress=say,
+    )
+
+
+def measure_error(
+    model: nn.Module, batch: Any, plan: Plan, *, loss: Loss | None = None
+) -> MeasuredError:
+    """Run a plan's exact numerics on a batch and compare with float32.
+
+    Works for every plan on any machine: formats are emulated exactly, at float32 speed.
+
+    Args:
+        model: the module the plan was made for; left as it was.
+        batch: best one that the plan was not made on.
+        plan: its plan.
+        loss: as for ``make_plan``.
+
+    Raises:
+        PlanMismatch: the plan belongs to another model.
+        CaptureError: the model fails on the batch.
+    """
+    captured = capture(model, batch, loss)
+    check_plan(plan, captured.joint.sites)
+    zero = [flag.site for flag in plan.flags if flag.name == "zero-gradient"]
+    totals = plan.totals
+    predicted, sigma = totals.predicted_gradient_error, totals.predicted_loss_sigma
+    return Truth(captured, zero).measure(plan.assignment, predicted, sigma)
 
 
 def as_target(target: str | Target) -> Target:
@@ -58,14 +106,26 @@ def as_target(target: str | Target) -> Target:
 
 
 def plan_for(
-    captured: Captured, target: Target, budget: Budget, progress: Progress | None = None
+    captured: Captured,
+    target: Target,
+    budget: Budget,
+    *,
+    calibration: tuple[Captured, ...] = (),
+    held_out: Captured | None = None,
+    learning_rate: float | None = None,
+    memory: float | None = None,
+    progress: Progress = silent,
 ) -> Plan:
-    """Decide the formats of a captured graph: DECIDE, then REWRITE on a copy to see the result."""
-    journal = Journal()
-    unit = Unit(captured.joint.copy(), target, budget, journal, captured)
+    """Decide the formats of a captured graph, verify them, and rewrite a copy to see the result."""
+    unit = Unit(
+        captured.joint.copy(), target, budget, Journal(), captured, calibration,
+        learning_rate=learning_rate, memory=memory,
+    )  # fmt: skip
     Pipeline(DECIDE).run(unit, progress)
+    batch, is_new = (captured, False) if held_out is None else (held_out, True)
+    verification = verify_plan(unit, batch, is_new, progress)
     Pipeline(REWRITE, given=frozenset({"assignment"})).run(unit, progress)
-    return plan_of_unit(unit, captured.origin)
+    return plan_of_unit(unit, captured.origin, verification)
 
 
 def rewritten(joint: JointGraph, plan: Plan) -> fx.GraphModule:
@@ -79,7 +139,9 @@ def rewritten(joint: JointGraph, plan: Plan) -> fx.GraphModule:
     return copy.module
 
 
-def rewrite(joint: JointGraph, plan: Plan, *, strict: bool = True) -> Journal:
+def rewrite(
+    joint: JointGraph, plan: Plan, *, strict: bool = True, passes: Sequence[Pass] = REWRITE
+) -> Journal:
     """Rewrite a joint graph in place as the plan has it.
 
     Args:
@@ -87,6 +149,7 @@ def rewrite(joint: JointGraph, plan: Plan, *, strict: bool = True) -> Journal:
         plan: made for this model, on any batch.
         strict: the sites must match one to one; otherwise sites the plan does not know (another
             batch shape, evaluation mode) stay in float32.
+        passes: REWRITE for what this machine runs, EMULATE for the plan's exact numerics.
 
     Raises:
         PlanMismatch: the plan belongs to another model; names the first site that differs.
@@ -96,7 +159,7 @@ def rewrite(joint: JointGraph, plan: Plan, *, strict: bool = True) -> Journal:
         check_plan(plan, sites)
     journal = Journal()
     unit = Unit(joint, None, plan.budget, journal, assignment=plan.assignment)
-    Pipeline(REWRITE, given=frozenset({"assignment"})).run(unit)
+    Pipeline(passes, given=frozenset({"assignment"})).run(unit)
     return journal
 
 
@@ -138,7 +201,3 @@ def check_forward(plan: Plan, sites: tuple[Site, ...]) -> None:
                 f"site {site.name} is {site.signature} in this model but the plan {known}: make a "
                 "plan for this model with make_plan"
             )
-
-
-def _silent(_message: str) -> None:
-    """Progress that nobody asked for."""

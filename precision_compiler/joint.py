@@ -75,6 +75,22 @@ class JointGraph:
             self._sites = find_sites(self.module.graph, self.parameters, self.saved)
         return self._sites
 
+    @property
+    def gradient_names(self) -> list[str]:
+        """Human names of the inputs that the gradient results belong to, in their order."""
+        results = self.module.graph.output_node().args[0]
+        assert isinstance(results, (list, tuple))
+        pairs = zip(self.names, results[self.outputs :], strict=True)
+        return [name for name, node in pairs if isinstance(node, fx.Node)]
+
+    def with_inputs(self, values: Sequence[Any]) -> "JointGraph":
+        """The same graph, not copied, with the values of another batch."""
+        inputs = [size_hint(v) if isinstance(v, torch.SymInt) else v for v in values]
+        return JointGraph(
+            self.module, inputs, self.names, self.parameters, self.outputs,
+            self.saved, self.inference, self.sites,
+        )  # fmt: skip
+
     def copy(self) -> "JointGraph":
         """The same with a graph of its own, to be rewritten."""
         return JointGraph(

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from torch import fx
 
-from precision_compiler.graph import is_float32, root_of
+from precision_compiler.graph import contraction_rule, is_float32, root_of
 from precision_compiler.joint import JointGraph
 from precision_compiler.sites import Site, output_nodes, rounded_arguments
 
@@ -20,12 +20,15 @@ class Link:
         argument: position of the argument.
         source: fx name of the node that computed the elements.
         store: name of the storage site they are kept in, None if their format is not decided.
+        companion: whether it is a small addend (a bias), which only formats that the operation
+            has as a plain dtype ask to be rounded.
     """
 
     contraction: str
     argument: int
     source: str
     store: str | None
+    companion: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,12 @@ def find_links(joint: JointGraph) -> Links:
     results: dict[str, tuple[str, ...]] = {}
     for name, site in contractions.items():
         node = nodes[site.node]
-        reads += [_link(name, index, value, by_node) for index, value in _floats(node)]
+        rule = contraction_rule(node)
+        companions = rule.companions if rule else ()
+        reads += [
+            _link(name, index, value, by_node, index in companions)
+            for index, value in _floats(node)
+        ]
         results[name] = tuple(
             by_node[out.name] for out in output_nodes(node) if out.name in by_node
         )
@@ -75,8 +83,10 @@ def _floats(node: fx.Node) -> list[tuple[int, fx.Node]]:
     return [(index, value) for index, value in rounded_arguments(node).items() if is_float32(value)]
 
 
-def _link(contraction: str, argument: int, value: fx.Node, by_node: Mapping[str, str]) -> Link:
+def _link(
+    contraction: str, argument: int, value: fx.Node, by_node: Mapping[str, str], companion: bool
+) -> Link:
     source = root_of(value).name
     if source not in by_node:  # results of multi-output operations are reached past no view
         source = value.name if value.name in by_node else source
-    return Link(contraction, argument, source, by_node.get(source))
+    return Link(contraction, argument, source, by_node.get(source), companion)

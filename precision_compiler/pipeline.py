@@ -1,7 +1,7 @@
 """One interface for every pass, the check of their order, and the runner."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 
 from precision_compiler.capture import Captured
 from precision_compiler.errors import InternalError, OrderError, PrecisionError
+from precision_compiler.flags import Flag
 from precision_compiler.joint import JointGraph
 from precision_compiler.journal import Journal, JournalEntry
 from precision_compiler.links import Links, find_links
@@ -19,6 +20,10 @@ from precision_compiler.target import Target
 from precision_compiler.verify import result_dtypes, verify_graph
 
 Progress = Callable[[str], None]
+
+
+def silent(_message: str) -> None:
+    """Progress that nobody asked for."""
 
 
 class Numerics(Enum):
@@ -38,8 +43,13 @@ class Unit:
         budget: the allowed error; its limit is set once the baseline is scored.
         journal: what happened so far.
         captured: the graph before any rewriting with its objective, for analysis.
+        calibration: further batches of the same model, to average over.
         statistics: what calibration measured.
-        vetoes: why a (site, format) is ruled out.
+        learning_rate: of the training, if it is known.
+        memory: bytes the analysis may keep; None for half of what is free.
+        flags: what may go wrong.
+        vetoes: why a (site or node, format) is ruled out.
+        raised: factors on predicted variances that verification asked for, by site.
         contraction_prices, store_prices, cast_prices: seconds, as in ``Prices``.
         baseline: torch.autocast's policy as an assignment.
         solution: the chosen assignment and its proof.
@@ -51,8 +61,13 @@ class Unit:
     budget: Budget
     journal: Journal
     captured: Captured | None = None
+    calibration: tuple[Captured, ...] = ()
     statistics: Statistics | None = None
+    learning_rate: float | None = None
+    memory: float | None = None
+    flags: list[Flag] = field(default_factory=list)
     vetoes: dict[tuple[str, str], str] = field(default_factory=dict)
+    raised: dict[str, float] = field(default_factory=dict)
     contraction_prices: Table = field(default_factory=dict)
     store_prices: Table = field(default_factory=dict)
     cast_prices: Table = field(default_factory=dict)
@@ -84,7 +99,13 @@ class Unit:
             for site in self.joint.sites
         }
         prices = Prices(self.contraction_prices, self.store_prices, self.cast_prices)
-        return Problem(self.links, options, prices, self.statistics)
+        return Problem(self.links, options, prices, self.statistics, dict(self.raised))
+
+    def raise_sites(self, factors: Mapping[str, float]) -> None:
+        """Multiply predicted variances of sites; the problem is posed anew."""
+        for site, factor in factors.items():
+            self.raised[site] = self.raised.get(site, 1.0) * factor
+        self.__dict__.pop("problem", None)
 
     def formats_for(self, kind: str) -> tuple[str, ...]:
         """Formats to consider for a kind of site on this target."""
@@ -129,13 +150,12 @@ class Pipeline:
             fresh = (fresh - step.spoils) | step.makes
         self.passes = tuple(passes)
 
-    def run(self, unit: Unit, progress: Progress | None = None) -> None:
+    def run(self, unit: Unit, progress: Progress = silent) -> None:
         """Run every pass on ``unit``; after a change clean, lint and verify the graph."""
         module = unit.joint.module
         results = result_dtypes(module.graph)
         for step in self.passes:
-            if progress is not None:
-                progress(_first_line(step))
+            progress(_first_line(step))
             before, start = len(module.graph.nodes), time.perf_counter()
             changed = self._run_one(step, unit)
             if changed:

@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
@@ -14,10 +14,14 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from precision_compiler.errors import BudgetError, PlanError
+from precision_compiler.flags import Flag
 from precision_compiler.formats import FORMATS
 from precision_compiler.journal import STRICT, JournalEntry
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+TRUST_REGION = 0.2
+"""Predicted relative gradient error up to which first-order analysis was found to hold."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,15 @@ class Budget:
     """The allowed relative gradient error ``||dG|| / ||G||``.
 
     Attributes:
-        asked: what the user asked for, a number or "autocast".
+        asked: what the user asked for: a number, "autocast", "noise:x" or "auto".
         limit: the number it came to.
         origin: a sentence on how the limit was found.
+        bound_by: which term set the limit.
+        noise_factor: the x of "noise:x".
+        autocast: predicted error of torch.autocast's bf16 policy.
+        noise: standard deviation of the gradient between mini-batches over its norm; None if it
+            could not be estimated.
+        noise_origin: what the noise was estimated from, or why it was not.
     """
 
     __pydantic_config__ = STRICT
@@ -35,26 +45,41 @@ class Budget:
     asked: str
     limit: float
     origin: str
+    bound_by: Literal["number", "autocast", "noise", "trust region", "nothing yet"] = "number"
+    noise_factor: float | None = None
+    autocast: float | None = None
+    noise: float | None = None
+    noise_origin: str = ""
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether the limit depends on the gradient's noise between mini-batches."""
+        return self.asked == "auto" or self.noise_factor is not None
 
     @staticmethod
     def parse(asked: float | str) -> "Budget":
-        """Read what the user asked for; "autocast" gets its limit once it is scored.
+        """Read what the user asked for; all but numbers get their limit in a pass.
 
         Raises:
-            BudgetError: neither a positive number nor "autocast".
+            BudgetError: neither a number of 0 or more, nor "autocast", "noise:x" or "auto".
         """
-        if asked == "autocast":
-            return Budget("autocast", float("inf"), "not scored yet")
+        if asked in ("auto", "autocast"):
+            return Budget(str(asked), float("inf"), "not measured yet", "nothing yet")
+        word, colon, rest = str(asked).partition(":")
+        of_noise = word == "noise" and bool(colon)
         try:
-            limit = float(asked)
+            number = float(rest if of_noise else asked)
         except (TypeError, ValueError):
-            limit = -1.0
-        if not (isfinite(limit) and limit >= 0):
+            number = -1.0
+        if not (isfinite(number) and number >= 0):
             raise BudgetError(
-                f"budget {asked!r} is neither 'autocast' nor a finite number >= 0: pass the "
-                "largest allowed relative gradient error, for example 0.01"
+                f"budget {asked!r} is none of 'auto', 'autocast', 'noise:x' and a finite number "
+                ">= 0: pass the largest allowed relative gradient error, for example 0.01"
             )
-        return Budget(f"{limit:g}", limit, "set by the user")
+        if of_noise:
+            asked, origin = f"noise:{number:g}", "not measured yet"
+            return Budget(asked, float("inf"), origin, "nothing yet", noise_factor=number)
+        return Budget(f"{number:g}", number, "set by the user")
 
 
 @dataclass(frozen=True)
@@ -121,6 +146,7 @@ class NodeChoice:
         reason: a sentence.
         seconds: predicted time, 0 where it fuses into a neighbour.
         error: predicted relative gradient error it causes.
+        vetoes: formats that its result would not survive in, and why.
     """
 
     __pydantic_config__ = STRICT
@@ -133,6 +159,7 @@ class NodeChoice:
     reason: str
     seconds: float
     error: float
+    vetoes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,6 +175,12 @@ class Totals:
         autocast_seconds: predicted time of torch.autocast's bf16 policy over the same sites.
         autocast_gradient_error: predicted error of that policy.
         casts: cast nodes the rewriting inserts.
+        predicted_loss_sigma: predicted standard deviation of the loss value, in its own unit.
+        predicted_tensor_error: predicted root mean square, over parameter tensors, of the relative
+            error of each one's gradient; None where it was not asked for.
+        gradient_norm: norm of the gradient on the calibration batches.
+        loss: loss on the calibration batches.
+        batches: calibration batches.
     """
 
     __pydantic_config__ = STRICT
@@ -160,6 +193,67 @@ class Totals:
     autocast_seconds: float
     autocast_gradient_error: float
     casts: int
+    predicted_loss_sigma: float
+    predicted_tensor_error: float | None
+    gradient_norm: float
+    loss: float
+    batches: int
+
+
+@dataclass(frozen=True)
+class MeasuredError:
+    """What a plan's exact numerics did to one batch, beside what was predicted.
+
+    Attributes:
+        gradient_error: ``||dG|| / ||G||`` over all parameters.
+        predicted_gradient_error: the plan's prediction of it.
+        tensor_error: root mean square, over parameter tensors, of the relative error of each
+            one's gradient; structurally zero gradients are left out.
+        tensors: that error by parameter.
+        zero_gradients: parameters left out, their gradient being zero by the model's structure.
+        loss: loss in float32.
+        loss_error: its change.
+        predicted_loss_sigma: the plan's prediction of the size of that change.
+    """
+
+    __pydantic_config__ = STRICT
+
+    gradient_error: float
+    predicted_gradient_error: float
+    tensor_error: float
+    tensors: Mapping[str, float]
+    zero_gradients: tuple[str, ...]
+    loss: float
+    loss_error: float
+    predicted_loss_sigma: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted gradient error; 1 where nothing is rounded."""
+        if self.predicted_gradient_error == 0.0:
+            return 1.0
+        return self.gradient_error / self.predicted_gradient_error
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How a plan's prediction was checked, and what came of it.
+
+    Attributes:
+        measured: the errors of the plan as it is.
+        held_out: whether the batch had no part in the calibration.
+        rounds: times the plan was measured.
+        raised: factors by which predicted variances of sites were multiplied in between.
+        passed: whether the measured error is within the budget and 1.5 times the prediction.
+    """
+
+    __pydantic_config__ = STRICT
+
+    measured: MeasuredError
+    held_out: bool
+    rounds: int
+    raised: Mapping[str, float]
+    passed: bool
 
 
 @dataclass(frozen=True)
@@ -186,6 +280,8 @@ class Plan:
         sites: choice by site name, in graph order.
         nodes: every computing node of the rewritten graph.
         journal: what each pass did.
+        flags: what may go wrong, vetoes included.
+        verification: the check on a batch; None if there was none.
     """
 
     __pydantic_config__ = STRICT
@@ -200,6 +296,8 @@ class Plan:
     sites: Mapping[str, SiteChoice]
     nodes: tuple[NodeChoice, ...]
     journal: tuple[JournalEntry, ...]
+    flags: tuple[Flag, ...] = ()
+    verification: Verification | None = None
 
     @property
     def predicted_gradient_error(self) -> float:

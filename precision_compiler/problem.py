@@ -6,10 +6,16 @@ policy and a brute-force search are judged by one model.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from precision_compiler.formats import FORMATS, Format
+from precision_compiler.formats import FORMATS
 from precision_compiler.links import Link, Links
-from precision_compiler.statistics import Statistics
+from precision_compiler.statistics import Correlation, Edge, Sensitivity, Statistics
+
+PAIR_COUNTS = 0.1
+"""Correlation of two readers of a tensor from which it is part of the problem."""
+
+_GAUGE = FORMATS["bf16"]
 
 Table = Mapping[str, Mapping[str, float]]
 
@@ -27,6 +33,11 @@ def fixes_result(name: str) -> bool:
     """
     fmt = FORMATS[name]
     return fmt.dtype is not None and not fmt.scaled
+
+
+def argument_format(link: Link, name: str) -> str:
+    """The format an argument is rounded to for a contraction in a format."""
+    return "fp32" if link.companion and not fixes_result(name) else name
 
 
 def result_format(name: str) -> str | None:
@@ -60,25 +71,69 @@ class Problem:
         options: formats each site may have, vetoed ones left out.
         prices: seconds.
         statistics: calibration.
+        raised: factors on the predicted variance of sites that verification found to be worse.
     """
 
     links: Links
     options: Mapping[str, tuple[str, ...]]
     prices: Prices
     statistics: Statistics
-    _cache: dict[tuple[object, str], float] = field(default_factory=dict, repr=False)
+    raised: Mapping[str, float] = field(default_factory=dict)
+    _cache: dict[tuple[object, str, int], float] = field(default_factory=dict, repr=False)
 
-    def store_variance(self, store: str, name: str) -> float:
+    def store_variance(self, store: str, name: str, metric: int = 0) -> float:
         """Error variance of keeping a tensor in a format."""
-        return self._variance(("store", store), name)
+        return self._variance(("store", store), name, metric) * self.factor(store)
 
-    def link_variance(self, link: Link, name: str) -> float:
+    def link_variance(self, link: Link, name: str, metric: int = 0) -> float:
         """Error variance of one contraction argument rounded to a format."""
-        return self._variance((link.contraction, link.argument), name)
+        key = (link.contraction, link.argument)
+        rounded = argument_format(link, name)
+        return self._variance(key, rounded, metric) * self.factor(link.contraction)
 
-    def internal_variance(self, contraction: str, name: str) -> float:
-        """Error variance of a contraction's own intermediate results in a format."""
-        return self._variance(("internal", contraction), name)
+    def internal_variance(self, contraction: str, name: str, metric: int = 0) -> float:
+        """Error variance of a contraction's own intermediate results in a format.
+
+        Narrow running sums count in the first metric only; the others are for information.
+        """
+        found = self._variance(("internal", contraction), name, metric)
+        summed = self.statistics.accumulations.get((contraction, name))
+        if summed is not None and metric == 0:
+            found += summed.variance
+        return found * self.factor(contraction)
+
+    def factor(self, site: str) -> float:
+        """What verification multiplies a site's predicted variance by."""
+        return self.raised.get(site, 1.0)
+
+    @cached_property
+    def pairs(self) -> tuple[tuple[Link, Link, Correlation], ...]:
+        """Readers of one tensor whose effects go together so far that it counts.
+
+        A correlation of less than PAIR_COUNTS is below what one probe tells, and left out.
+        """
+        links = {(link.contraction, link.argument): link for link in self.links.reads}
+        return tuple(
+            (links[pair.first], links[pair.second], pair)
+            for pair in self.statistics.correlations
+            if pair.first[0] in self.links.contractions and self._goes_together(pair)
+        )
+
+    def _goes_together(self, pair: Correlation) -> bool:
+        both = [
+            self.statistics.operands[edge].variance(_GAUGE) for edge in (pair.first, pair.second)
+        ]
+        scale = float(both[0] * both[1]) ** 0.5
+        return bool(abs(pair.covariance(_GAUGE)) > PAIR_COUNTS * scale)
+
+    def pair_variance(self, first: Link, second: Link, pair: Correlation, name: str) -> float:
+        """What two readers in one format add to the sum of their variances."""
+        factor = self.factor(first.contraction) * self.factor(second.contraction)
+        return float(2.0 * pair.covariance(FORMATS[name]) * factor**0.5)
+
+    def exact_sources(self, store: str) -> tuple[str, ...]:
+        """Stored tensors that a stored tensor has its significant bits from, if all are narrow."""
+        return self.statistics.exact.get(store, ())
 
     def rounds_again(self, stored: str, entered: str) -> bool:
         """Whether reading a stored tensor in another format rounds it once more."""
@@ -102,7 +157,7 @@ class Problem:
         """
         found = set()
         for link in self.links.reads:
-            wanted = entry_format(assignment[link.contraction])
+            wanted = entry_format(argument_format(link, assignment[link.contraction]))
             stored = assignment[link.store] if link.store else "fp32"
             if wanted != stored:
                 found.add((link.source, wanted))
@@ -113,25 +168,47 @@ class Problem:
         return found
 
     def variance(self, assignment: Mapping[str, str]) -> float:
-        """Predicted variance of the probed gradient under an assignment."""
+        """Predicted relative variance of the gradient under an assignment."""
         return sum(self.variances(assignment).values())
 
-    def variances(self, assignment: Mapping[str, str]) -> dict[str, float]:
-        """The same per site; an argument's rounding belongs to the contraction that asks for it."""
+    def variances(self, assignment: Mapping[str, str], metric: int = 0) -> dict[str, float]:
+        """The same per site; an argument's rounding belongs to the contraction that asks for it.
+
+        Args:
+            assignment: format by site.
+            metric: row of METRICS; the others are kept without the products of readers.
+        """
         found = {
-            store: self.store_variance(store, assignment[store]) for store in self.links.stores
+            store: self.store_variance(store, assignment[store], metric)
+            if self._is_rounded(store, assignment)
+            else 0.0
+            for store in self.links.stores
         }
+        rounded: dict[Edge, str] = {}
         for name in self.links.contractions:
-            found[name] = self.internal_variance(name, assignment[name])
+            found[name] = self.internal_variance(name, assignment[name], metric)
         for link in self.links.reads:
-            chosen = assignment[link.contraction]
+            chosen = argument_format(link, assignment[link.contraction])
             if self.rounds_again(assignment[link.store] if link.store else "fp32", chosen):
-                found[link.contraction] += self.link_variance(link, chosen)
+                found[link.contraction] += self.link_variance(link, chosen, metric)
+                rounded[link.contraction, link.argument] = chosen
+        for first, second, pair in self.pairs if metric == 0 else ():
+            chosen = rounded.get(pair.first, "fp32")
+            if chosen != "fp32" and rounded.get(pair.second) == chosen:
+                shared = self.pair_variance(first, second, pair, chosen) / 2
+                found[first.contraction] += shared
+                found[second.contraction] += shared
         return found
 
-    def error(self, assignment: Mapping[str, str]) -> float:
-        """Predicted relative gradient error ``sqrt(variance) / ||G||``."""
-        return float(self.variance(assignment) ** 0.5 / self.statistics.gradient_norm)
+    def _is_rounded(self, store: str, assignment: Mapping[str, str]) -> bool:
+        sources = self.exact_sources(store)
+        return not sources or any(
+            self.rounds_again(assignment[source], assignment[store]) for source in sources
+        )
+
+    def error(self, assignment: Mapping[str, str], metric: int = 0) -> float:
+        """Predicted error of an assignment in one of METRICS: relative for gradients."""
+        return float(max(0.0, sum(self.variances(assignment, metric).values())) ** 0.5)
 
     def violations(self, assignment: Mapping[str, str]) -> Iterator[str]:
         """Sentences on what makes an assignment illegal; none for a legal one."""
@@ -148,23 +225,24 @@ class Problem:
         """The assignment of one format to every site."""
         return dict.fromkeys(self.options, name)
 
-    def _variance(self, key: tuple[object, object], name: str) -> float:
+    def _variance(self, key: tuple[object, object], name: str, metric: int) -> float:
         if name == "fp32":
             return 0.0
-        slot = (key, name)
+        slot = (key, name, metric)
         if slot not in self._cache:
-            self._cache[slot] = self._compute(key, FORMATS[name])
+            self._cache[slot] = sum(
+                found.variance(FORMATS[name], metric=metric) for found in self._tensors(key)
+            )
         return self._cache[slot]
 
-    def _compute(self, key: tuple[object, object], fmt: Format) -> float:
+    def _tensors(self, key: tuple[object, object]) -> tuple[Sensitivity, ...]:
         kind, item = key
         if kind == "store":
-            return self.statistics.stores[str(item)].variance(fmt)
+            return (self.statistics.stores[str(item)],)
         if kind == "internal":
-            inside = self.statistics.internals.get(str(item), ())
-            return sum(sensitivity.variance(fmt) for sensitivity in inside)
+            return self.statistics.internals.get(str(item), ())
         assert isinstance(item, int)
-        return self.statistics.operands[str(kind), item].variance(fmt)
+        return (self.statistics.operands[str(kind), item],)
 
 
 @dataclass(frozen=True)

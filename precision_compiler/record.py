@@ -1,7 +1,7 @@
 """Write down what a unit decided, as a plan."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 
 import torch
@@ -9,23 +9,29 @@ from torch import fx
 
 from precision_compiler.errors import InternalError
 from precision_compiler.facts import facts_of
+from precision_compiler.flags import Flag
 from precision_compiler.formats import format_of_dtype
 from precision_compiler.graph import base_name, is_movement, value_of
 from precision_compiler.pipeline import Unit
 from precision_compiler.plan import (
     SCHEMA_VERSION,
+    TRUST_REGION,
     NodeChoice,
     Option,
     Plan,
     SiteChoice,
     Totals,
+    Verification,
 )
 from precision_compiler.problem import Problem, Solution, fixes_result
 from precision_compiler.sites import Site, fingerprint
+from precision_compiler.statistics import METRICS
 from precision_compiler.verify import is_ours
 
+TENSOR, LOSS = METRICS.index("tensor"), METRICS.index("loss")
 
-def plan_of_unit(unit: Unit, loss_origin: str) -> Plan:
+
+def plan_of_unit(unit: Unit, loss_origin: str, verification: Verification | None = None) -> Plan:
     """The plan of a unit whose graph is rewritten."""
     if unit.solution is None:
         raise InternalError("a plan is written before its formats are chosen")
@@ -42,14 +48,51 @@ def plan_of_unit(unit: Unit, loss_origin: str) -> Plan:
         versions=versions(),
         totals=_totals(unit, problem, solution, sum(map(is_ours, graph.nodes))),
         sites=sites,
-        nodes=node_choices(graph, sites),
+        nodes=node_choices(graph, sites, _vetoes_by_node(unit)),
         journal=tuple(unit.journal.entries),
+        flags=(*unit.flags, *_flags_of_plan(solution, verification)),
+        verification=verification,
     )
 
 
-def node_choices(graph: fx.Graph, sites: Mapping[str, SiteChoice]) -> tuple[NodeChoice, ...]:
+def _vetoes_by_node(unit: Unit) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for (place, fmt), reason in unit.vetoes.items():
+        found.setdefault(place.removesuffix(".store"), {})[fmt] = reason
+    return found
+
+
+def _flags_of_plan(solution: Solution, verification: Verification | None) -> Iterator[Flag]:
+    if solution.error > TRUST_REGION:
+        sentence = (
+            f"the predicted error {solution.error:.2g} is beyond {TRUST_REGION:g}, up to which "
+            "first-order analysis was found to hold: trust the measured error instead"
+        )
+        numbers = {"error": solution.error, "trust_region": TRUST_REGION}
+        yield Flag("trust-region", "", None, sentence, numbers, False)
+    if verification is not None and not verification.passed:
+        measured = verification.measured
+        sentence = (
+            f"measured error {measured.gradient_error:.2g}, predicted "
+            f"{measured.predicted_gradient_error:.2g}, after {verification.rounds} rounds: make "
+            "the plan again with a smaller budget or more calibration batches"
+        )
+        numbers = {
+            "measured": measured.gradient_error,
+            "predicted": measured.predicted_gradient_error,
+        }
+        yield Flag("unverified", "", None, sentence, numbers, False)
+
+
+def node_choices(
+    graph: fx.Graph,
+    sites: Mapping[str, SiteChoice],
+    vetoes: Mapping[str, Mapping[str, str]] | None = None,
+) -> tuple[NodeChoice, ...]:
     """One entry per computing node of a rewritten graph, in its order."""
-    return tuple(_node_choice(node, sites) for node in graph.nodes if node.op == "call_function")
+    known = vetoes or {}
+    calls = (node for node in graph.nodes if node.op == "call_function")
+    return tuple(_node_choice(node, sites, known) for node in calls)
 
 
 def versions() -> dict[str, str]:
@@ -71,17 +114,27 @@ def _totals(unit: Unit, problem: Problem, solution: Solution, casts: int) -> Tot
         autocast_seconds=problem.seconds(unit.baseline),
         autocast_gradient_error=problem.error(unit.baseline),
         casts=casts,
+        predicted_loss_sigma=problem.error(solution.assignment, LOSS),
+        predicted_tensor_error=_tensor_error(problem, solution),
+        gradient_norm=problem.statistics.gradient_norm,
+        loss=problem.statistics.loss,
+        batches=problem.statistics.batches,
     )
 
 
+def _tensor_error(problem: Problem, solution: Solution) -> float | None:
+    asked = any(seen.weight[TENSOR].any() for seen in problem.statistics.stores.values())
+    return problem.error(solution.assignment, TENSOR) if asked else None
+
+
 def _site_choice(site: Site, unit: Unit, variances: dict[str, float]) -> SiteChoice:
-    problem, norm = unit.problem, unit.problem.statistics.gradient_norm
+    problem = unit.problem
     chosen = unit.assignment[site.name]
     prices = unit.store_prices if site.kind == "storage" else unit.contraction_prices
     options = {
         name: Option(
             prices[site.name][name],
-            _variance_alone(problem, site, name) ** 0.5 / norm,
+            _variance_alone(problem, site, name) ** 0.5,
             unit.vetoes.get((site.name, name)),
         )
         for name in unit.formats_for(site.kind)
@@ -96,7 +149,7 @@ def _site_choice(site: Site, unit: Unit, variances: dict[str, float]) -> SiteCho
         format=chosen,
         reason=_reason(site, chosen, options, unit),
         seconds=options[chosen].seconds,
-        error=variances[site.name] ** 0.5 / norm,
+        error=max(0.0, variances[site.name]) ** 0.5,
         variance_share=variances[site.name] / total if total else 0.0,
         options=options,
     )
@@ -131,7 +184,11 @@ def _reason(site: Site, chosen: str, options: dict[str, Option], unit: Unit) -> 
     )
 
 
-def _node_choice(node: fx.Node, sites: Mapping[str, SiteChoice]) -> NodeChoice:
+def _node_choice(
+    node: fx.Node,
+    sites: Mapping[str, SiteChoice],
+    vetoes: Mapping[str, Mapping[str, str]],
+) -> NodeChoice:
     facts = facts_of(node)
     name = facts.name if facts else node.name
     contraction, store = sites.get(name), sites.get(f"{name}.store")
@@ -155,6 +212,7 @@ def _node_choice(node: fx.Node, sites: Mapping[str, SiteChoice]) -> NodeChoice:
         reason=store.reason if store and not contraction else reason,
         seconds=sum(choice.seconds for choice in (contraction, store) if choice),
         error=sum(choice.error**2 for choice in (contraction, store) if choice) ** 0.5,
+        vetoes=vetoes.get(name, {}),
     )
 
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from precision_compiler.capture import Captured
 from precision_compiler.errors import AnalysisError
-from precision_compiler.graph import aten, reached_from
+from precision_compiler.graph import aten, reached_from, value_of
 
 Execute = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -18,9 +18,18 @@ _TOLERANT: dict[Any, Any] = {aten.view.default: aten.reshape.default}
 
 
 def execute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run one node as it stands."""
+    """Run one node as it stands; writes to the user's buffers are left out."""
+    if node.op == "get_attr":
+        return operator.attrgetter(str(node.target))(node.graph.owning_module)
+    if node.target is aten.copy_.default:
+        return args[1]
     target = _TOLERANT.get(node.target, node.target)
     return target(*args, **kwargs)
+
+
+def is_step(node: fx.Node) -> bool:
+    """Whether running a graph has something to do at the node."""
+    return node.op in ("call_function", "get_attr")
 
 
 class Replay:
@@ -33,18 +42,20 @@ class Replay:
         self, module: fx.GraphModule, inputs: Sequence[Any], outputs: int, run: Execute = execute
     ) -> None:
         graph = module.graph
-        self._module, self._run = module, run
+        self._run = run
         holders = graph.find_nodes(op="placeholder")
         self._tangents = [node for node in holders if "tangents" in str(node.target)]
         primals = [node for node in holders if node not in self._tangents]
         self.values: dict[fx.Node, Any] = dict(zip(primals, inputs, strict=True))
         later = reached_from(self._tangents) if self._tangents else set()
-        steps = [node for node in graph.nodes if node.op in ("call_function", "get_attr")]
+        steps = [node for node in graph.nodes if is_step(node)]
         self._forward = [node for node in steps if node not in later]
         self._backward = [node for node in steps if node in later]
         results = graph.output_node().args[0]
         assert isinstance(results, (list, tuple))
         self._results, self._gradients = results[:outputs], results[outputs:]
+        wanted = {node for node in results if isinstance(node, fx.Node)}
+        self._last = _last_uses([*self._forward, *self._backward], wanted)
 
     def forward(self) -> list[Any]:
         """Run everything that does not wait for tangents; return the forward results."""
@@ -63,47 +74,47 @@ class Replay:
         Raises:
             AnalysisError: they cannot be told apart.
         """
-        floats = [
-            value
-            for value, node in zip(results, self._results, strict=True)
-            if isinstance(node, fx.Node)
-            and isinstance(value, torch.Tensor)
-            and value.is_floating_point()
-            and node.meta["val"].requires_grad is not None
-        ]
-        wanted = [value for value in floats if value.requires_grad]
-        chosen = wanted if len(wanted) == len(self._tangents) else floats
-        if len(chosen) != len(self._tangents):
-            raise AnalysisError(
-                f"the graph takes {len(self._tangents)} output gradients but has {len(chosen)} "
-                "differentiable results: return each tensor once, detached from nothing"
-            )
-        return chosen
+        known = [isinstance(v, torch.Tensor) and v.requires_grad for v in results]
+        chosen = tangent_positions(self._results, known, len(self._tangents))
+        return [results[position] for position in chosen]
 
     def _value(self, node: Any) -> Any:
         return self.values[node] if isinstance(node, fx.Node) else node
 
     def _execute(self, steps: Sequence[fx.Node]) -> None:
         for node in steps:
-            if node.op == "get_attr":
-                self.values[node] = operator.attrgetter(str(node.target))(self._module)
-            elif node.target is not aten.copy_.default:  # buffers stay the user's
-                args = fx.node.map_arg(node.args, self._value)
-                kwargs = fx.node.map_arg(node.kwargs, self._value)
-                self.values[node] = self._run(node, args, kwargs)
-            else:
-                self.values[node] = self._value(node.args[1])
+            args = fx.node.map_arg(node.args, self._value)
+            kwargs = fx.node.map_arg(node.kwargs, self._value)
+            self.values[node] = self._run(node, args, kwargs)
+            for spent in self._last.get(node, ()):
+                del self.values[spent]
+
+
+def _last_uses(steps: Sequence[fx.Node], wanted: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For every step, the nodes that nothing reads after it: their memory can be used again."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in steps:
+        last.update((source, node) for source in node.all_input_nodes if source not in wanted)
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last.items():
+        found.setdefault(node, []).append(source)
+    return found
 
 
 @torch.no_grad()
 def gradients_of(
-    captured: Captured, module: fx.GraphModule | None = None
+    captured: Captured,
+    module: fx.GraphModule | None = None,
+    inputs: Sequence[Any] | None = None,
+    run: Execute = execute,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Loss and parameter gradients of a joint graph run without Inductor.
 
     Args:
         captured: the graph, its inputs and its objective.
         module: a rewritten graph with the same inputs and results; the captured one by default.
+        inputs: values in place of the captured ones, such as those of another batch.
+        run: runs single operations.
 
     Returns:
         The loss and the gradients of the parameters, in the order of the inputs.
@@ -111,7 +122,8 @@ def gradients_of(
     joint = captured.joint
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same dropout masks in every replay
-        replay = Replay(module or joint.module, joint.inputs, joint.outputs)
+        given = joint.inputs if inputs is None else inputs
+        replay = Replay(module or joint.module, given, joint.outputs, run)
         results = [_as_leaf(value) for value in replay.forward()]
         with torch.enable_grad():
             loss = captured.objective(lambda: results)
@@ -119,6 +131,35 @@ def gradients_of(
             tangents = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
         found = replay.backward(tangents)
     return loss.detach(), [gradient for gradient in found if gradient is not None]
+
+
+def tangent_positions(
+    results: Sequence[Any], differentiable: Sequence[bool], tangents: int
+) -> list[int]:
+    """Positions of the forward results that a graph's tangents belong to.
+
+    Args:
+        results: the result nodes of the forward pass; absent ones are None.
+        differentiable: which of them depend on something that is differentiated by.
+        tangents: how many gradients the graph takes.
+
+    Raises:
+        AnalysisError: they cannot be told apart.
+    """
+    floats = [index for index, node in enumerate(results) if _holds_floats(node)]
+    wanted = [index for index in floats if differentiable[index]]
+    chosen = wanted if len(wanted) == tangents else floats
+    if len(chosen) != tangents:
+        raise AnalysisError(
+            f"the graph takes {tangents} output gradients but has {len(chosen)} "
+            "differentiable results: return each tensor once, detached from nothing"
+        )
+    return chosen
+
+
+def _holds_floats(node: Any) -> bool:
+    value = value_of(node) if isinstance(node, fx.Node) else None
+    return value is not None and value.is_floating_point()
 
 
 def _as_leaf(value: Any) -> Any:

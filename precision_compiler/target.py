@@ -28,6 +28,8 @@ class FormatRate:
         achieved_fraction: largest fraction of the peak that large matmuls reach.
         confidence: "good", or "weak" where the number rests on memory or one secondary page.
         source: where the numbers come from.
+        accumulate: format of the running sum of products.
+        accumulate_every: products added exactly before the sum is rounded to it.
     """
 
     __pydantic_config__ = _STRICT
@@ -36,6 +38,8 @@ class FormatRate:
     achieved_fraction: float
     source: str
     confidence: Literal["good", "weak"] = "good"
+    accumulate: str = "fp32"
+    accumulate_every: int = 1
 
     @property
     def flops(self) -> float:
@@ -75,9 +79,11 @@ class Target:
         rates = [self.bandwidth, self.bandwidth_fraction]
         rates += [rate.flops for rate in self.formats.values()]
         numbers_fit = all(0 < rate < inf for rate in rates) and 0 <= self.launch_seconds < inf
+        numbers_fit &= all(rate.accumulate_every > 0 for rate in self.formats.values())
         if not numbers_fit:
             raise TargetError(f"target {self.name}: rates must be positive numbers")
-        unknown = [name for name in self.formats if name not in FORMATS]
+        named = [*self.formats, *(rate.accumulate for rate in self.formats.values())]
+        unknown = [name for name in named if name not in FORMATS]
         if unknown or "fp32" not in self.formats:
             problem = f"unknown format {unknown[0]!r}" if unknown else "no rate for fp32"
             raise TargetError(f"target {self.name}: {problem}; formats are {', '.join(FORMATS)}")

@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -29,7 +30,7 @@ class Workload:
         model: the model, in the mode and on the device it is trained in.
         batches: an iterable of batches, such as a list or a DataLoader. A batch is what the model
             is called with: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
-            Commands plan on the first batch.
+            Commands analyse the first ones and verify plans on the one after them.
         loss: `loss(output, batch)` returning a scalar. Not needed when the model returns a scalar
             loss itself, or an object with `.loss`.
     """
@@ -40,9 +41,18 @@ class Workload:
 
     def first_batch(self) -> Any:
         """The batch that plans are made on."""
-        for batch in self.batches:
-            return batch
-        raise WorkloadError("the Workload has no batches: give it at least one, in a list")
+        return self.first_batches(1)[0]
+
+    def first_batches(self, most: int) -> list[Any]:
+        """Up to ``most`` batches from the first on.
+
+        Raises:
+            WorkloadError: there is none.
+        """
+        found = list(islice(self.batches, most))
+        if not found:
+            raise WorkloadError("the Workload has no batches: give it at least one, in a list")
+        return found
 
 
 def load_workload(spec: str) -> Workload:

@@ -1,28 +1,35 @@
 """See MeasureSensitivity."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import fx
 
-from precision_compiler.attention import substitutes
+from precision_compiler.accumulation import Accumulator
 from precision_compiler.capture import Captured
 from precision_compiler.errors import AnalysisError, InternalError
-from precision_compiler.graph import CONVERT
-from precision_compiler.links import Links
+from precision_compiler.formats import FORMATS
+from precision_compiler.joint import JointGraph
+from precision_compiler.links import find_links
+from precision_compiler.noise import GradientSums, Noise, batch_noise, noise_of_parts
 from precision_compiler.pipeline import Numerics, Unit
-from precision_compiler.replay import Replay, execute
-from precision_compiler.sites import rounded_arguments
-from precision_compiler.statistics import Sensitivity, Statistics, insensitive, weight_of
+from precision_compiler.probe import Probe
+from precision_compiler.replay import gradients_of
+from precision_compiler.statistics import METRICS, Statistics, TensorGradient, averaged
+from precision_compiler.tape import Tape
+
+_SUSPICIOUS = 1e-3  # of the root mean square gradient: below it, a gradient may be noise alone
+_FLOOR = 1e-4  # of the mean square gradient: what a tensor's error is compared with at the least
 
 
 @dataclass(frozen=True)
 class MeasureSensitivity:
-    """Measure how much a rounding anywhere would disturb the gradients.
+    """Measure how much a rounding anywhere would disturb the gradients and the loss.
 
     The joint graph G(x) = (loss, gradients) is interpreted with real values under autograd. With
     one random vector v of +-1 over all gradient elements, s = <v, gradients> is differentiated
@@ -33,12 +40,30 @@ class MeasureSensitivity:
     priced later without running the model again.
 
     1. A storage site's tensor gets the derivative of everything that reads it.
-    2. A contraction's argument gets the derivative of that reading alone.
+    2. A contraction's argument gets the derivative of that reading alone; readers of one tensor
+       share one rounded copy, so the products of their derivatives are kept too.
     3. Fused attention is replaced by a formula that can be differentiated twice; what the kernel
        rounds inside (probabilities, their gradients) is measured as internal to the site.
+    4. Three objectives: all gradients together; each parameter tensor's gradient relative to
+       itself (v divided by its norm, structurally zero gradients left out); the loss.
+    5. For formats with a scale, single elements and the test for coherent errors, tensors are
+       really rounded.
+    6. A stored tensor that comes out on the format's grid once its sources are on it (they are
+       only moved, negated, selected, scaled by powers of two) is rounded once, not twice.
+    7. Where the target adds products up in a narrow format, the partial sums of some results of
+       every matrix product give its error.
+    8. The gradient's noise between mini-batches is estimated where the budget depends on it.
+    9. Several batches are averaged. Where autograd would keep more bytes than the unit's memory,
+       parts of the graph are run twice instead.
+
+    Attributes:
+        seed: of the signs v and of random operations.
+        tensors: whether to predict each parameter tensor's error too (the second objective),
+            which costs half as much again; of a finished plan it is measured in any case.
     """
 
     seed: int = 0
+    tensors: bool = False
     name: ClassVar[str] = "measure-sensitivity"
     reads: ClassVar[frozenset[str]] = frozenset()
     makes: ClassVar[frozenset[str]] = frozenset({"statistics"})
@@ -49,132 +74,130 @@ class MeasureSensitivity:
         """Fill ``unit.statistics``."""
         if unit.captured is None:
             raise InternalError("analysis needs the captured graph with its inputs")
-        probe = _Probe(unit.captured, unit.links)
-        with torch.enable_grad():
-            unit.statistics = probe.measure(self.seed)
+        formats = [FORMATS[name] for name in unit.target.formats if name not in ("fp32", "tf32")]
+        memory = free_memory() / 2 if unit.memory is None else unit.memory
+        accumulators = {
+            name: Accumulator(FORMATS[rate.accumulate], rate.accumulate_every)
+            for name, rate in unit.target.formats.items()
+            if rate.accumulate != "fp32"
+        }
+        found, sums = [], GradientSums()
+        for index, captured in enumerate((unit.captured, *unit.calibration)):
+            same = captured.joint.module is unit.captured.joint.module
+            links = unit.links if same else find_links(captured.joint)
+            probe = Probe(captured.joint.module.graph, links, formats, accumulators)
+            tape = Tape(captured, probe, memory, self.seed + index)
+            statistics, gradients = self._probed(tape, probe, self.seed + index)
+            found.append(statistics)
+            if unit.calibration and unit.budget.needs_noise:
+                sums.add(gradients)
+        mean = averaged(found)
+        wanted = unit.budget.needs_noise
+        unit.statistics = _with_noise(mean, sums, unit.captured) if wanted else mean
         return False
 
-
-class _Probe:
-    """One interpreted run with a hook on everything that could be rounded."""
-
-    def __init__(self, captured: Captured, links: Links) -> None:
-        self.captured, self.links = captured, links
-        self.stores = {site.node: site.name for site in links.stores.values()}
-        self.contractions = {site.node: site.name for site in links.contractions.values()}
-        self.formulas = substitutes()
-        self.found_stores: dict[str, Sensitivity] = {}
-        self.found_operands: dict[tuple[str, int], Sensitivity] = {}
-        self.found_internals: dict[str, list[Sensitivity]] = {}
-        self.constants: list[torch.Tensor] = []  # depend on no input, yet gradients depend on them
-
-    def measure(self, seed: int) -> Statistics:
-        """Run forward, backward and the double backward."""
-        joint = self.captured.joint
-        leaves = [_leaf(value) for value in joint.inputs]
+    def _probed(self, tape: Tape, probe: Probe, seed: int) -> tuple[Statistics, list[torch.Tensor]]:
+        """One batch: statistics and gradients."""
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            replay = Replay(joint.module, leaves, joint.outputs, self._run)
-            results = replay.forward()
-            loss = self.captured.objective(lambda: results)
-            wanted = replay.tangents_needed(results)
-            tangents = torch.autograd.grad(
-                loss, wanted, create_graph=True, allow_unused=True, materialize_grads=True
-            )
-            gradients = [value for value in replay.backward(tangents) if value is not None]
-        norm = (
-            float(sum(gradient.detach().double().square().sum() for gradient in gradients)) ** 0.5
-        )
-        if not (isfinite(norm) and norm > 0):
-            raise AnalysisError(
-                f"the gradient norm on this batch is {norm}: pass a batch with a finite loss that "
-                "depends on the parameters"
-            )
-        self._differentiate(gradients, leaves, seed)
-        return Statistics(
-            self.found_stores,
-            self.found_operands,
-            {name: tuple(found) for name, found in self.found_internals.items()},
-            norm,
-            float(loss.detach()),
-        )
-
-    def _differentiate(self, gradients: list[torch.Tensor], leaves: list[Any], seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        signs = [
-            torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
-            for value in gradients
-        ]
-        floats = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-        live = [
-            (value, sign)
-            for value, sign in zip(gradients, signs, strict=True)
-            if value.requires_grad
-        ]
-        if live:
-            torch.autograd.grad(
-                [value for value, _ in live],
-                floats + self.constants,
-                [sign for _, sign in live],
-                allow_unused=True,
-            )
-
-    def _run(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        site = self.contractions.get(node.name)
-        if site is not None:
-            args = self._tapped_arguments(node, site, args)
-        if node.target in self.formulas:
-            taps = self.found_internals.setdefault(site or node.name, [])
-            value = self.formulas[node.target](_internal_tap(taps), *args, **kwargs)
-        elif node.target is CONVERT:
-            value = args[0].to(args[1])  # the primitive itself has no derivative
-        else:
-            value = execute(node, args, kwargs)
-        store = self.stores.get(node.name)
-        if store is not None:
-            self._watch(value, partial(self.found_stores.__setitem__, store))
-        return value
-
-    def _tapped_arguments(self, node: fx.Node, site: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        tapped = list(args)
-        for index in rounded_arguments(node):
-            if isinstance(args[index], torch.Tensor):
-                edge = args[index].view_as(args[index])
-                self._watch(edge, partial(self.found_operands.__setitem__, (site, index)))
-                tapped[index] = edge
-        return tuple(tapped)
-
-    def _watch(self, value: torch.Tensor, keep: Callable[[Sensitivity], None]) -> None:
-        if not value.requires_grad:
-            self.constants.append(value.requires_grad_())
-        _watch(value, keep)
+            loss, gradients = tape.record()
+            tensors = _tensors(tape, gradients)
+            norm = sum(tensor.norm**2 for tensor in tensors) ** 0.5
+            if not (isfinite(norm) and norm > 0):
+                raise AnalysisError(
+                    f"the gradient norm on this batch is {norm}: pass a batch with a finite loss "
+                    "that depends on the parameters"
+                )
+            probes = {"gradient": _signs(gradients, [1 / norm] * len(tensors), seed), "loss": []}
+            if self.tensors:
+                probes["tensor"] = _signs(gradients, _tensor_weights(tensors), seed + 1)
+            tape.differentiate(probes, partial(_turn_to, probe), probe.finish)
+            probe.finish_rest()
+        return probe.statistics(norm, float(loss), tensors), gradients
 
 
-def _leaf(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.detach().requires_grad_()
-    return value
+def _turn_to(probe: Probe, objective: str) -> None:
+    probe.metric = METRICS.index(objective)
 
 
-def _watch(value: torch.Tensor, keep: Callable[[Sensitivity], None]) -> None:
-    """Bin the tensor when its derivative arrives; without one it disturbs nothing."""
-    still = value.detach()
-    unmoved = insensitive(still)
-    keep(unmoved)
-
-    def arrived(adjoint: torch.Tensor | None) -> None:
-        if adjoint is not None:  # autograd has no tensor for some derivatives that are zero
-            keep(Sensitivity(weight_of(still, adjoint), unmoved.amax))
-
-    if value.requires_grad:
-        value.register_hook(arrived)  # type: ignore[no-untyped-call]
+def _signs(
+    gradients: Sequence[torch.Tensor], weights: Sequence[float], seed: int
+) -> list[torch.Tensor]:
+    """Random +-1 for every element, times the weight of its tensor."""
+    dice = np.random.default_rng(seed)
+    return [
+        _random_signs(value, dice).mul_(2 * weight).sub_(weight)
+        for value, weight in zip(gradients, weights, strict=True)
+    ]
 
 
-def _internal_tap(found: list[Sensitivity]) -> Callable[[torch.Tensor], torch.Tensor]:
-    def tap(value: torch.Tensor) -> torch.Tensor:
-        edge = value.view_as(value)
-        found.append(insensitive(edge))
-        _watch(edge, partial(found.__setitem__, len(found) - 1))
-        return edge
+def _random_signs(like: torch.Tensor, dice: np.random.Generator) -> torch.Tensor:
+    """Zeros and ones in the shape of a tensor: torch's own generators take ten times as long."""
+    packed = np.frombuffer(dice.bytes(-(-like.numel() // 8)), dtype=np.uint8)
+    bits = torch.from_numpy(np.unpackbits(packed, count=like.numel()))
+    return bits.to(like.device, like.dtype).reshape(like.shape)
 
-    return tap
+
+def _tensor_weights(tensors: Sequence[TensorGradient]) -> list[float]:
+    """Weights that make the probe's variance the mean square of the tensors' relative errors.
+
+    A tensor's error is taken relative to its gradient or, where that is larger, to a floor of
+    ``_FLOOR`` of the mean square gradient, and structurally zero gradients have no part.
+    """
+    total = sum(tensor.norm**2 for tensor in tensors)
+    elements = sum(tensor.elements for tensor in tensors)
+    counted = sum(not tensor.is_zero for tensor in tensors) or 1
+    floors = [_FLOOR * total * tensor.elements / elements for tensor in tensors]
+    return [
+        0.0 if tensor.is_zero else (counted * (tensor.norm**2 + floor)) ** -0.5
+        for tensor, floor in zip(tensors, floors, strict=True)
+    ]
+
+
+def _tensors(tape: Tape, gradients: Sequence[torch.Tensor]) -> tuple[TensorGradient, ...]:
+    """The parameters' gradients, and how far float32 decides those that are suspiciously small.
+
+    One more run, with every parameter moved by one unit in its last place: a gradient that is
+    nothing but rounding noise moves as far as it is long.
+    """
+    norms = list(map(_norm, gradients))
+    sizes = [gradient.numel() for gradient in gradients]
+    typical = (sum(norm**2 for norm in norms) / sum(sizes)) ** 0.5
+    small = [n <= _SUSPICIOUS * typical * size**0.5 for n, size in zip(norms, sizes, strict=True)]
+    noise = [0.0] * len(norms)
+    if any(small):
+        _, moved = gradients_of(tape.captured, inputs=_jittered(tape.captured.joint))
+        noise = [_norm(a - b) for a, b in zip(gradients, moved, strict=True)]
+    return tuple(map(TensorGradient, tape.captured.joint.gradient_names, norms, noise, sizes))
+
+
+def _norm(gradient: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+
+
+def _jittered(joint: JointGraph) -> list[Any]:
+    """The inputs with every parameter moved to the next larger float32 number."""
+    holders = joint.module.graph.find_nodes(op="placeholder")
+    upwards = torch.tensor(torch.inf)
+    return [
+        torch.nextafter(value.detach(), upwards.to(value.device))
+        if node.name in joint.parameters and value.dtype == torch.float32
+        else value
+        for node, value in zip(holders, joint.inputs, strict=False)
+    ]
+
+
+def _with_noise(found: Statistics, sums: GradientSums, captured: Captured) -> Statistics:
+    if sums.count > 1:
+        noise = batch_noise(sums)
+    elif captured.gradients is None:
+        noise = Noise(None, "the model is not at hand to run parts of the batch")
+    else:
+        noise = noise_of_parts(captured.batch, captured.gradients, found.gradient_norm)
+    relative = None if noise.deviation is None else noise.deviation / found.gradient_norm
+    return replace(found, noise=relative, noise_origin=noise.origin)
+
+
+def free_memory() -> float:
+    """Bytes of main memory that are free for the taking."""
+    page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    return float(page * os.sysconf("SC_AVPHYS_PAGES")) if page else 4e9

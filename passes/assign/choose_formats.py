@@ -10,8 +10,17 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from precision_compiler.errors import BudgetError, InternalError
+from precision_compiler.formats import FORMATS
+from precision_compiler.links import Link
 from precision_compiler.pipeline import Numerics, Unit
-from precision_compiler.problem import Problem, Solution, entry_format, fixes_result, result_format
+from precision_compiler.problem import (
+    Problem,
+    Solution,
+    argument_format,
+    entry_format,
+    fixes_result,
+    result_format,
+)
 
 _TOLERANCE = 1e-6  # the solver keeps constraints to 1e-7: inside the budget, not on its edge
 
@@ -27,11 +36,15 @@ class ChooseFormats:
        format it is not stored in, or where a result is stored in another format than it comes
        in; its price is paid once, however many read it.
     3. One rounding variable per (argument, format): at 1 where the stored tensor has more
-       significant bits than the contraction's format; its variance counts then.
-    4. Contractions that return their own format fix the format of their results.
-    5. The sum of error variances is at most ``(budget * ||G||)^2``.
+       significant bits than the contraction's format; its variance counts then. The same for a
+       stored tensor that is an exact function of other stored ones: it is rounded only where it
+       is kept in fewer bits than one of them.
+    4. One variable per pair of arguments that read the same rounded copy and whose effects go
+       together: at 1 where both are rounded to the same format; it carries their covariance.
+    5. Contractions that return their own format fix the format of their results.
+    6. The sum of relative error variances is at most ``budget^2``.
 
-    Variables of 2 and 3 need no integrality: given binary sites they sit at 0 or 1.
+    Variables of 2 to 4 need no integrality: given binary sites they sit at 0 or 1.
     """
 
     gap: float = 1e-3
@@ -64,8 +77,7 @@ def solve(problem: Problem, budget: float, gap: float = 1e-3, seconds: float = 6
         BudgetError: the budget is not positive where float32 is vetoed, so nothing fits.
     """
     program = _Program(problem)
-    limit = (budget * problem.statistics.gradient_norm) ** 2
-    found = program.minimise(limit, gap, seconds)
+    found = program.minimise(budget**2, gap, seconds)
     if found is None:
         raise BudgetError(f"no assignment keeps the predicted gradient error within {budget:g}")
     assignment, bound = found
@@ -92,12 +104,15 @@ class _Program:
         self.costs: list[float] = []
         self.noise: list[float] = []
         self.binary: list[int] = []
+        self.relieving: set[int] = set()  # roundings that lower the effect of others
         self.rows: list[dict[int, float]] = []
         self.lowest: list[float] = []
         self.highest: list[float] = []
         self._sites()
         self._results()
         self._reads()
+        self._copies_of_exact_sources()
+        self._pairs()
 
     def minimise(
         self, limit: float, gap: float, seconds: float
@@ -108,6 +123,7 @@ class _Program:
         constraints = [LinearConstraint(self._matrix(), self.lowest, self.highest)]
         # What alone breaks the budget is barred exactly: beside it the tolerance would hide others.
         barred = noise > limit * (1 + 1e-9)
+        barred[list(self.relieving)] = False
         if isfinite(limit) and limit > 0:
             shares = np.where(barred, 0.0, noise) / limit
             constraints.append(LinearConstraint(shares, -np.inf, 1.0 - _TOLERANCE))
@@ -155,8 +171,9 @@ class _Program:
             stored = name in links.stores
             prices = problem.prices.stores if stored else problem.prices.contractions
             noise = problem.store_variance if stored else problem.internal_variance
+            own = 0.0 if problem.exact_sources(name) else 1.0  # counted where it is rounded
             chosen = [
-                self._column(("site", name, fmt), prices[name][fmt], noise(name, fmt), True)
+                self._column(("site", name, fmt), prices[name][fmt], own * noise(name, fmt), True)
                 for fmt in formats
             ]
             self._row(dict.fromkeys(chosen, 1.0), 1.0, 1.0)
@@ -189,25 +206,67 @@ class _Program:
                 copy = self._column(("copy", source, kept), price, 0.0, False)
                 self._row({copy: 1.0, self.columns["site", store, kept]: -1.0, **fitting}, 0.0)
 
+    def _copies_of_exact_sources(self) -> None:
+        """A tensor that shows other tensors' bits is rounded if one of them has more of them."""
+        problem = self.problem
+        for store in problem.statistics.exact:
+            for fmt in problem.options.get(store, ()):
+                noise = problem.store_variance(store, fmt)
+                for source in problem.exact_sources(store) if noise > 0 else ():
+                    exact = self._stored(
+                        source, lambda kept, fmt=fmt: not problem.rounds_again(kept, fmt)
+                    )
+                    if exact is not None:
+                        rounding = self._column(("round", store, "", fmt), 0.0, noise, False)
+                        own = self.columns["site", store, fmt]
+                        self._row({rounding: 1.0, own: -1.0, **dict.fromkeys(exact, 1.0)}, 0.0)
+
+    def _pairs(self) -> None:
+        """Both arguments rounded to one format: at least r + r' - 1, at most either of them."""
+        problem = self.problem
+        for first, second, pair in problem.pairs:
+            for fmt in FORMATS:
+                keys = [_rounding(first, fmt), _rounding(second, fmt)]
+                if not all(key in self.columns for key in keys):
+                    continue
+                one, other = (self.columns[key] for key in keys)
+                noise = problem.pair_variance(first, second, pair, fmt)
+                both = self._column(("pair", *keys[0], *keys[1]), 0.0, noise, False)
+                if noise > 0:
+                    self._row({both: 1.0, one: -1.0, other: -1.0}, -1.0)
+                    continue
+                for link, column in ((first, one), (second, other)):
+                    self._row({both: -1.0, column: 1.0}, 0.0)
+                    self._only_where_rounded(link, fmt, column)
+
+    def _only_where_rounded(self, link: Link, fmt: str, column: int) -> None:
+        """A rounding that makes another's effect smaller must be one that takes place."""
+        self.relieving.add(column)
+        own = self.columns["site", link.contraction, fmt]
+        self._row({column: -1.0, own: 1.0}, 0.0)
+        for stored in self._exact(link, fmt) or ():
+            self._row({column: -1.0, stored: -1.0}, -1.0)
+
     def _reads(self) -> None:
         problem = self.problem
         for link in problem.links.reads:
             for fmt in problem.options[link.contraction]:
                 own = self.columns["site", link.contraction, fmt]
-                entry = entry_format(fmt)
+                entry = entry_format(argument_format(link, fmt))
                 stored = self._stored(link.store, lambda kept, entry=entry: kept == entry)
                 if stored is not None:
                     price = problem.prices.casts[link.source][entry]
                     copy = self._column(("copy", link.source, entry), price, 0.0, False)
                     self._row({copy: 1.0, own: -1.0, **dict.fromkeys(stored, 1.0)}, 0.0)
-                exact = self._stored(
-                    link.store, lambda kept, fmt=fmt: not problem.rounds_again(kept, fmt)
-                )
+                exact = self._exact(link, fmt)
                 noise = problem.link_variance(link, fmt)
                 if exact is not None and noise > 0:
-                    key = ("round", link.contraction, str(link.argument), fmt)
-                    rounding = self._column(key, 0.0, noise, False)
+                    rounding = self._column(_rounding(link, fmt), 0.0, noise, False)
                     self._row({rounding: 1.0, own: -1.0, **dict.fromkeys(exact, 1.0)}, 0.0)
+
+    def _exact(self, link: Link, fmt: str) -> Sequence[int] | None:
+        """Storage formats from which a reading rounds nothing; None if that is all of them."""
+        return self._stored(link.store, lambda kept: not self.problem.rounds_again(kept, fmt))
 
     def _stored(self, store: str | None, wanted: object) -> Sequence[int] | None:
         """Columns of the storage formats that satisfy ``wanted``; None if all possible ones do."""
@@ -218,3 +277,7 @@ class _Program:
         if all(wanted(fmt) for fmt in formats):
             return None
         return [self.columns["site", store, fmt] for fmt in formats if wanted(fmt)]
+
+
+def _rounding(link: Link, fmt: str) -> tuple[str, ...]:
+    return "round", link.contraction, str(link.argument), fmt

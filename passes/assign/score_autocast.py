@@ -1,7 +1,7 @@
 """See ScoreAutocast."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -23,29 +23,21 @@ class ScoreAutocast:
     2. A pointwise operation on bf16 tensors alone gives bf16; one float32 tensor makes it float32.
     3. Reductions return float32 (losses and normalisations are in autocast's float32 list).
     4. A gradient has the dtype of the tensor it belongs to, which the same promotion gives it.
-
-    With budget "autocast" the predicted error of this assignment becomes the limit.
     """
 
     name: ClassVar[str] = "score-autocast"
     reads: ClassVar[frozenset[str]] = frozenset(
         {"statistics", "vetoes", "contraction prices", "traffic prices"}
     )
-    makes: ClassVar[frozenset[str]] = frozenset({"baseline", "budget"})
+    makes: ClassVar[frozenset[str]] = frozenset({"baseline"})
     spoils: ClassVar[frozenset[str]] = frozenset()
     numerics: ClassVar[Numerics] = Numerics.EXACT
 
     def run(self, unit: Unit) -> bool:
-        """Fill ``unit.baseline``; set the budget's limit if it is "autocast"."""
+        """Fill ``unit.baseline``."""
         unit.baseline = autocast_assignment(unit)
-        if unit.budget.asked == "autocast":
-            error = unit.problem.error(unit.baseline)
-            unit.budget = replace(
-                unit.budget,
-                limit=error,
-                origin="predicted error of torch.autocast's bf16 policy on the same graph",
-            )
-            unit.journal.note(self.name, f"the bf16 policy of torch.autocast errs by {error:.3g}")
+        error = unit.problem.error(unit.baseline)
+        unit.journal.note(self.name, f"the bf16 policy of torch.autocast errs by {error:.3g}")
         return False
 
 

@@ -35,7 +35,7 @@ class InsertCasts:
        return that format; tf32 and scaled formats read and return float32 here, their rounding
        is a later pass's.
     2. A stored tensor is cast to its storage format where it is made; everything else reads that
-       copy, so that it is what stays in memory.
+       copy, so that it is what stays in memory. Formats without a plain dtype are a later pass's.
     3. Everything that is no contraction computes in float32: it reads a cast back.
     4. Casts stand at the root of a chain of views, before any broadcast; the views are repeated
        on the cast tensor.
@@ -70,7 +70,7 @@ class _Rewriter:
                 self.entries[node] = _entry_dtype(assignment[name])
                 update_facts(node, site=name)
             if f"{name}.store" in assignment:
-                self.stores[node] = _dtype(assignment[f"{name}.store"])
+                self.stores[node] = _entry_dtype(assignment[f"{name}.store"])
         self.native = {
             result: dtype for node, dtype in self.entries.items() for result in output_nodes(node)
         }
@@ -146,11 +146,7 @@ def _replace(user: fx.Node, index: int | None, old: fx.Node, new: fx.Node) -> No
         user.update_arg(index, new)
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype = FORMATS[name].dtype
+def _entry_dtype(name: str) -> torch.dtype:
+    dtype = FORMATS[name].dtype if fixes_result(name) else torch.float32
     assert dtype is not None
     return dtype
-
-
-def _entry_dtype(name: str) -> torch.dtype:
-    return _dtype(entry_format(name)) if fixes_result(name) else torch.float32

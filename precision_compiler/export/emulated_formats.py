@@ -5,23 +5,28 @@ from typing import Any
 import torch
 from torch import fx
 
+from precision_compiler.emulation import EMULATED_ATTENTION, QUANTISE
 from precision_compiler.facts import NodeFacts, facts_of, set_facts
 from precision_compiler.formats import FORMATS
 from precision_compiler.graph import CONVERT, aten, insert_call
-from precision_compiler.passes.lower.round_operands import ROUND_OPERAND
 
 _SMALLEST_AMAX = 1e-30  # keeps the scale of an all-zero tensor finite
 
 
 def spell_out_rounding(module: fx.GraphModule) -> None:
-    """Replace every ``round_operand`` of a graph.
+    """Replace every emulating operation of a graph.
 
     tf32 operands are float32 in memory and need no operation: the node's annotation says what
     the hardware makes of them. Scaled formats become scale, clamp, cast and cast back.
     """
     graph = module.graph
+    plain = {emulated: target for target, emulated in EMULATED_ATTENTION.items()}
     for node in list(graph.nodes):
-        if node.target is not ROUND_OPERAND:
+        if node.target in plain:  # what attention rounds inside has no ONNX operation
+            *args, mask, scale, _ = node.args
+            node.target, node.args = plain[node.target], tuple(args)
+            node.kwargs = {"attn_mask": mask, "scale": scale}
+        if node.target is not QUANTISE:
             continue
         source, name = node.args
         replacement = source if name == "tf32" else _quantised(graph, node, str(name))

@@ -10,7 +10,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from precision_compiler.plan import Plan, SiteChoice, Totals
+from precision_compiler.flags import Flag
+from precision_compiler.plan import Plan, SiteChoice, Totals, Verification
 
 ROLES = ("fprop", "dgrad", "wgrad")
 STYLES = {"fp32": "dim", "tf32": "cyan", "bf16": "green", "fp16": "green"}
@@ -50,8 +51,9 @@ def show_plan(plan: Plan, console: Console, *, every_site: bool = False) -> None
 
 
 def plan_view(plan: Plan) -> RenderableType:
-    """The totals, the table of contractions and the table of storage, one under the other."""
-    return Group(totals_view(plan), contractions_table(plan.sites), storage_table(plan.sites))
+    """The totals and the tables of contractions, storage and flags, one under the other."""
+    parts = [totals_view(plan), contractions_table(plan.sites), storage_table(plan.sites)]
+    return Group(*parts, flags_table(plan.flags)) if plan.flags else Group(*parts)
 
 
 def totals_view(plan: Plan) -> RenderableType:
@@ -60,6 +62,9 @@ def totals_view(plan: Plan) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     grid.add_row("[bold]time", _time_line(totals))
     grid.add_row("[bold]error", _error_line(plan))
+    if plan.verification is not None:
+        grid.add_row("[bold]measured", _measured_line(plan.verification))
+    grid.add_row("[bold]budget", f"{plan.budget.limit:.2g}: {plan.budget.origin}")
     grid.add_row("[bold]bound", _bound_line(totals))
     grid.add_row("[bold]made for", f"target {plan.target}, graph {plan.fingerprint[:12]}")
     return grid
@@ -144,6 +149,25 @@ def sites_table(sites: Mapping[str, SiteChoice]) -> Table:
     return table
 
 
+def flags_table(flags: Iterable[Flag]) -> Table:
+    """Flags by name: how many, how many of them rule a format out, and the first of them."""
+    by_name: dict[str, list[Flag]] = defaultdict(list)
+    for flag in flags:
+        by_name[flag.name].append(flag)
+    table = Table(title="Flags", title_justify="left")
+    table.add_column("flag")
+    table.add_column("found", justify="right")
+    table.add_column("vetoes", justify="right")
+    table.add_column("for example", overflow="fold")
+    for name, found in by_name.items():
+        first = next((flag for flag in found if flag.veto), found[0])
+        place = " in ".join(part for part in (first.site, first.format) if part)
+        example = f"{place}: {first.sentence}" if place else first.sentence
+        vetoes = sum(flag.veto for flag in found)
+        table.add_row(name, str(len(found)), str(vetoes or ""), example)
+    return table
+
+
 def milliseconds(seconds: float) -> str:
     """Seconds as milliseconds, three significant digits at the most."""
     value = seconds * 1e3
@@ -211,6 +235,16 @@ def _error_line(plan: Plan) -> str:
     return (
         f"{totals.predicted_gradient_error:.2g} predicted, {plan.budget.limit:.2g} allowed"
         f" by budget {plan.budget.asked} (autocast {totals.autocast_gradient_error:.2g})"
+    )
+
+
+def _measured_line(verification: Verification) -> str:
+    found = verification.measured
+    batch = "a held-out batch" if verification.held_out else "the calibration batch"
+    verdict = "" if verification.passed else " [bold red]outside of what was promised[/]"
+    return (
+        f"{found.gradient_error:.2g} on {batch}, {found.tensor_error:.2g} per tensor,"
+        f" loss {found.loss_error:+.1g} (sigma {found.predicted_loss_sigma:.1g} predicted){verdict}"
     )
 
 

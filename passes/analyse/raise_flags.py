@@ -1,0 +1,186 @@
+"""See RaiseFlags."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from precision_compiler.errors import InternalError
+from precision_compiler.flags import Flag
+from precision_compiler.formats import FORMATS, Format
+from precision_compiler.pipeline import Numerics, Unit
+from precision_compiler.statistics import Sensitivity, Statistics, update_loss
+
+_INTO_NORMAL_RANGE = 256  # binades that lift every float32 number above any format's smallest
+_WEIGHTS = FORMATS["bf16"]  # what weights would be kept in if not in float32
+
+
+@dataclass(frozen=True)
+class RaiseFlags:
+    """Raise a flag for every way the error prediction could be wrong, and veto what must not be.
+
+    First-order analysis of independent errors cannot see an infinity, is wrong where values
+    vanish or errors agree, and says nothing where no derivative arrives.
+
+    1. Overflow (veto): the measured amax, ``2**margin`` times as large, exceeds an unscaled
+       format's largest finite number.
+    2. Underflow (veto): with all values ``2**-drift`` as large, an unscaled format's predicted
+       error would be more than ``growth`` times that of values in the normal range: relative
+       errors rise below it, and gradients shrink during training.
+    3. Flush (veto): more than ``flushed`` of the elements other than zero round to zero.
+    4. Coherent: ``|sum h d|`` is more than COHERENT times the root of ``sum h^2 d^2``. The larger
+       one is what the site then costs; it is a veto where that is more than ``harmless``.
+    5. Invalid (veto): a site alone is predicted to cause an error above ``invalid``.
+    6. Silence (veto): a site that no gradient depends on (on this batch) stays float32.
+    7. Single element: the prediction is one draw.
+    8. Same-sign sum: a reduction of more terms of one sign than a bf16 number has steps; it
+       accumulates in float32.
+    9. Zero gradient: a parameter whose gradient is float32 noise; no metric counts it.
+    10. Accumulation: the target adds products up in a narrow format; a veto where the terms of one
+       sign are more than that format has steps, so that sums would stop growing.
+    11. Update swamping: for a given learning rate, the share of bf16 weights that an update of
+       that size would leave unchanged.
+    """
+
+    margin: int = 1
+    drift: int = 4
+    growth: float = 2.0
+    flushed: float = 0.5
+    harmless: float = 0.01
+    invalid: float = 0.3
+    name: ClassVar[str] = "raise-flags"
+    reads: ClassVar[frozenset[str]] = frozenset({"statistics"})
+    makes: ClassVar[frozenset[str]] = frozenset({"vetoes"})
+    spoils: ClassVar[frozenset[str]] = frozenset()
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+
+    def run(self, unit: Unit) -> bool:
+        """Fill ``unit.flags`` and ``unit.vetoes``."""
+        if unit.statistics is None:
+            raise InternalError("raise-flags ran without statistics")
+        for site in unit.joint.sites:
+            tensors = list(_tensors(unit.statistics, site.name, site.kind))
+            for name in unit.formats_for(site.kind):
+                unit.flags += self._of_site(site.name, tensors, FORMATS[name])
+        for name, seen in unit.statistics.ranges.items():
+            for fmt in FORMATS.values():
+                unit.flags += self._of_range(name, seen, fmt)
+        unit.flags += [*_of_sums(unit.statistics), *_of_gradients(unit.statistics)]
+        unit.flags += _of_accumulation(unit)
+        unit.flags += _of_updates(unit)
+        for flag in unit.flags:
+            if flag.veto and flag.format is not None:
+                unit.vetoes.setdefault((flag.site, flag.format), f"{flag.name}: {flag.sentence}")
+        return False
+
+    def _of_site(self, site: str, tensors: Sequence[Sensitivity], fmt: Format) -> Iterator[Flag]:
+        if fmt.name == "fp32" or not tensors:
+            return
+        if all(tensor.is_silent for tensor in tensors):
+            sentence = "no gradient depends on it on this batch"
+            yield Flag("silence", site, fmt.name, sentence, {}, True)
+        for tensor in tensors:
+            yield from self._of_range(site, tensor, fmt)
+            yield from self._of_effect(site, tensor, fmt)
+        error = sum(tensor.variance(fmt) for tensor in tensors) ** 0.5
+        if error > self.invalid:
+            sentence = f"predicted to change the gradient by {error:.2g} of its size, alone"
+            yield Flag("invalid", site, fmt.name, sentence, {"error": error}, True)
+
+    def _of_range(self, site: str, tensor: Sensitivity, fmt: Format) -> Iterator[Flag]:
+        """Rules 1 and 3, which need no derivative."""
+        if fmt.name == "fp32":
+            return
+        if not fmt.scaled and tensor.amax * 2.0**self.margin > fmt.max_finite:
+            sentence = (
+                f"largest magnitude {tensor.amax:.3g} with a margin of {2**self.margin} exceeds "
+                f"{fmt.max_finite:g}"
+            )
+            numbers = {"amax": min(tensor.amax, 3.4e38), "largest": fmt.max_finite}
+            yield Flag("overflow", site, fmt.name, sentence, numbers, True)
+        lost = tensor.flushed(fmt)
+        if lost > self.flushed:
+            sentence = f"{lost:.1%} of its elements other than zero would round to zero"
+            yield Flag("flush", site, fmt.name, sentence, {"flushed": lost}, True)
+
+    def _of_effect(self, site: str, tensor: Sensitivity, fmt: Format) -> Iterator[Flag]:
+        """Rules 2, 4 and 7."""
+        normal = tensor.variance(fmt, drift=_INTO_NORMAL_RANGE)
+        drifted = tensor.variance(fmt, drift=-self.drift)
+        if not fmt.scaled and drifted > normal * self.growth**2:
+            times = (drifted / normal) ** 0.5
+            sentence = (
+                f"the error would be {times:.1f} times larger than above the smallest normal "
+                f"number {2.0**fmt.min_exponent:.3g} if values shrank {2**self.drift} times"
+            )
+            yield Flag("underflow", site, fmt.name, sentence, {"growth": times}, True)
+        ratio = tensor.signed_ratio(fmt)
+        if tensor.is_coherent(fmt):
+            error = tensor.variance(fmt) ** 0.5
+            sentence = (
+                f"rounding errors add up to {ratio:.1f} times what independent ones would, "
+                f"{error:.2g} of the gradient"
+            )
+            numbers = {"ratio": ratio, "error": error}
+            yield Flag("coherent", site, fmt.name, sentence, numbers, error > self.harmless)
+        if tensor.size == 1:
+            sentence = "it is a single number: its rounding error on another batch is another draw"
+            yield Flag("single-element", site, fmt.name, sentence, {}, False)
+
+
+def _of_sums(statistics: Statistics) -> Iterator[Flag]:
+    steps = 2.0**_WEIGHTS.precision
+    for node, terms in statistics.sums.items():
+        if terms > steps:
+            sentence = (
+                f"about {terms:.0f} terms of one sign: a sum kept in {_WEIGHTS.name} would stop "
+                f"growing after {steps:.0f}, so it is kept in fp32"
+            )
+            yield Flag("same-sign-sum", node, _WEIGHTS.name, sentence, {"terms": terms}, False)
+
+
+def _of_accumulation(unit: Unit) -> Iterator[Flag]:
+    assert unit.statistics is not None
+    for (site, name), found in unit.statistics.accumulations.items():
+        running = FORMATS[unit.target.formats[name].accumulate]
+        error, steps = found.variance**0.5, 2.0**running.precision
+        sentence = (
+            f"products are added up in {running.name}, which alone changes the gradient by "
+            f"{error:.2g} of its size; {found.terms:.0f} terms of one sign, {steps:.0f} steps"
+        )
+        numbers = {"error": error, "terms": found.terms, "steps": steps}
+        yield Flag("accumulation", site, name, sentence, numbers, found.terms > steps)
+
+
+def _of_gradients(statistics: Statistics) -> Iterator[Flag]:
+    for tensor in statistics.tensors:
+        if tensor.is_zero:
+            sentence = (
+                f"its gradient of norm {tensor.norm:.2g} is float32 rounding noise, and left out "
+                "of every mean over tensors"
+            )
+            numbers = {"norm": tensor.norm, "noise": tensor.noise}
+            yield Flag("zero-gradient", tensor.name, None, sentence, numbers, False)
+
+
+def _of_updates(unit: Unit) -> Iterator[Flag]:
+    if unit.learning_rate is None:
+        return
+    holders = unit.joint.module.graph.find_nodes(op="placeholder")
+    known = zip(holders, unit.joint.inputs, strict=False)
+    weights = [value for node, value in known if node.name in unit.joint.parameters]
+    share = update_loss(weights, unit.learning_rate, _WEIGHTS)
+    if share > 0.0:
+        sentence = (
+            f"at learning rate {unit.learning_rate:g}, {share:.1%} of the weights would not move "
+            f"if they were kept in {_WEIGHTS.name}: keep float32 master weights"
+        )
+        numbers = {"share": share, "learning_rate": unit.learning_rate}
+        yield Flag("update-swamping", "", _WEIGHTS.name, sentence, numbers, False)
+
+
+def _tensors(statistics: Statistics, site: str, kind: str) -> Iterator[Sensitivity]:
+    if kind == "storage":
+        yield statistics.stores[site]
+        return
+    yield from (found for (name, _), found in statistics.operands.items() if name == site)
+    yield from statistics.internals.get(site, ())

@@ -1,0 +1,308 @@
+"""Differentiate a captured graph, forward and backward together, within a stated memory.
+
+The joint graph is a straight line of operations. It is cut into chunks; each chunk is run under
+autograd from leaves of its own, and the derivatives are handed from chunk to chunk. What autograd
+saves of a chunk is either kept until its turn comes, or, where memory would not suffice, dropped
+and made again by running the chunk a second time.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from precision_compiler.capture import Captured
+from precision_compiler.graph import ATTENTION, is_movement, reached_from, shape_of, value_of
+from precision_compiler.replay import is_step, tangent_positions
+
+CHUNKS = 24
+"""Chunks a graph is cut into: what one of them saves is what must fit beside the values."""
+
+Values = Callable[[fx.Node], Any]
+"""Gives the value that a node has while a chunk runs."""
+
+
+class Runner(Protocol):
+    """Runs single nodes."""
+
+    def reads(self, node: fx.Node) -> Iterable[fx.Node]:
+        """Nodes whose values running ``node`` asks for."""
+        ...
+
+    def run(self, node: fx.Node, values: Values) -> Any:
+        """The value of one node."""
+        ...
+
+    def constants(self) -> list[torch.Tensor]:
+        """Tensors that depend on no leaf, yet are to be differentiated by; then forgotten."""
+        ...
+
+
+@dataclass
+class Chunk:
+    """Consecutive nodes, what they read from before and what is read of them later.
+
+    Attributes:
+        nodes: in graph order.
+        reads: nodes of earlier chunks, or placeholders.
+        gives: nodes that later chunks read, or results of the graph.
+        leaves, made: inputs and outputs under autograd, while they are kept.
+    """
+
+    nodes: list[fx.Node]
+    reads: list[fx.Node] = field(default_factory=list)
+    gives: list[fx.Node] = field(default_factory=list)
+    leaves: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
+    made: dict[fx.Node, Any] = field(default_factory=dict)
+    constants: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def saved_bytes(self) -> int:
+        """About what autograd keeps of the chunk."""
+        return sum(map(saved_bytes, self.nodes))
+
+
+def saved_bytes(node: fx.Node) -> int:
+    """About what autograd keeps of one node: its result; of attention, its probabilities too."""
+    value = value_of(node)
+    if node.target in ATTENTION:
+        batch, heads, length, _ = shape_of(node.args[0])  # type: ignore[arg-type]
+        other = shape_of(node.args[1])[-2]  # type: ignore[arg-type]
+        return 4 * 4 * batch * heads * length * other
+    if value is None or node.op != "call_function" or is_movement(node):
+        return 0
+    return prod(shape_of(node)) * value.element_size()
+
+
+class Tape:
+    """One run of a joint graph, and derivatives of it for several objectives at once."""
+
+    def __init__(self, captured: Captured, runner: Runner, memory: float, seed: int = 0) -> None:
+        """Cut the graph.
+
+        Args:
+            captured: graph, inputs and objective.
+            runner: runs the nodes.
+            memory: bytes that autograd may keep, about.
+            seed: of random operations; a chunk that runs twice draws the same numbers.
+        """
+        self.captured, self.runner, self.seed = captured, runner, seed
+        graph, joint = captured.joint.module.graph, captured.joint
+        holders = graph.find_nodes(op="placeholder")
+        self.tangents = [node for node in holders if "tangents" in str(node.target)]
+        self.primals = [node for node in holders if node not in self.tangents]
+        results = graph.output_node().args[0]
+        assert isinstance(results, (list, tuple))
+        self.results, gradients = list(results[: joint.outputs]), results[joint.outputs :]
+        self.gradients = [node for node in gradients if isinstance(node, fx.Node)]
+        later = reached_from(self.tangents) if self.tangents else set()
+        steps = [node for node in graph.nodes if is_step(node)]
+        size = max(1, min(sum(map(saved_bytes, steps)) // CHUNKS, int(memory) // 4))
+        self.forward = _cut([node for node in steps if node not in later], size)
+        self.backward = _cut([node for node in steps if node in later], size)
+        self._connect()
+        self.kept = _affordable(self.chunks, memory)
+        self.values: dict[fx.Node, Any] = {}
+        self._objective: tuple[list[Any], list[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """All chunks in the order they run."""
+        return [*self.forward, *self.backward]
+
+    def record(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run everything; return the loss and the gradients, one per gradient result."""
+        self.values = dict(zip(self.primals, self.captured.joint.inputs, strict=True))
+        for chunk in self.forward:
+            self._advance(chunk)
+        loss = self._run_objective()
+        for chunk in self.backward:
+            self._advance(chunk)
+        return loss, [self.values[node] for node in self.gradients]
+
+    def differentiate(
+        self,
+        probes: Mapping[str, Sequence[torch.Tensor]],
+        arrived: Callable[[str], None],
+        finished: Callable[[Chunk], None],
+    ) -> None:
+        """Run the derivatives of every objective through the graph, from its end.
+
+        Args:
+            probes: per objective, what each gradient is multiplied with; an objective without
+                probes is the loss itself.
+            arrived: called with the objective before hooks fire for it.
+            finished: called when no further derivative can reach what a chunk computed.
+        """
+        adjoints: dict[str, dict[fx.Node, torch.Tensor]] = {name: {} for name in probes}
+        for name, probe in probes.items():
+            for node, seed in zip(self.gradients, probe, strict=True) if len(probe) else ():
+                _accumulate(adjoints[name], node, seed)
+        for chunk in reversed(self.backward):
+            self._retreat(chunk, adjoints, arrived)
+            finished(chunk)
+        self._through_objective(adjoints, [name for name in probes if not len(probes[name])])
+        for chunk in reversed(self.forward):
+            self._retreat(chunk, adjoints, arrived)
+            finished(chunk)
+
+    def _connect(self) -> None:
+        made_in: dict[fx.Node, Chunk] = {}
+        results = [*self.results, *self.gradients]
+        given: dict[int, dict[fx.Node, None]] = {id(chunk): {} for chunk in self.chunks}
+        for chunk in self.chunks:
+            made_in.update(dict.fromkeys(chunk.nodes, chunk))
+        for chunk in self.chunks:
+            reads: dict[fx.Node, None] = {}
+            for node in chunk.nodes:
+                reads.update(dict.fromkeys(self.runner.reads(node)))
+            chunk.reads = [node for node in reads if made_in.get(node) is not chunk]
+            for node in chunk.reads:
+                if node in made_in:
+                    given[id(made_in[node])][node] = None
+        for node in results:
+            if node in made_in:
+                given[id(made_in[node])][node] = None
+        for chunk in self.chunks:
+            chunk.gives = list(given[id(chunk)])
+
+    def _advance(self, chunk: Chunk) -> None:
+        with torch.set_grad_enabled(id(chunk) in self.kept):
+            made = self._execute(chunk)
+        self.values.update((node, _still(value)) for node, value in made.items())
+
+    def _execute(self, chunk: Chunk) -> dict[fx.Node, Any]:
+        torch.manual_seed(self.seed + self.chunks.index(chunk))
+        found: dict[fx.Node, Any] = {}
+        recording = torch.is_grad_enabled()
+        for node in chunk.reads:
+            value = _still(self.values[node])
+            if recording and _is_float(value):
+                chunk.leaves[node] = value.requires_grad_()
+            found[node] = value
+        for node in chunk.nodes:
+            found[node] = self.runner.run(node, found.__getitem__)
+        made = {node: found[node] for node in chunk.gives}
+        if recording:
+            chunk.made, chunk.constants = made, self.runner.constants()
+        return made
+
+    def _run_objective(self) -> torch.Tensor:
+        with torch.enable_grad():
+            leaves = [self._result(node) for node in self.results]
+            loss = self.captured.objective(lambda: leaves)
+            wanted = [leaves[index] for index in self._tangent_positions()]
+            tangents = torch.autograd.grad(
+                loss, wanted, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+        self._objective = leaves, list(tangents), loss
+        self.values.update(
+            (node, value.detach()) for node, value in zip(self.tangents, tangents, strict=True)
+        )
+        return loss.detach()
+
+    def _tangent_positions(self) -> list[int]:
+        floats = [node for node in self.primals if _is_float(self.values[node])]
+        moved = reached_from(floats) if floats else set()
+        known = [node in moved for node in self.results]
+        return tangent_positions(self.results, known, len(self.tangents))
+
+    def _result(self, node: Any) -> Any:
+        value = _still(self.values[node]) if isinstance(node, fx.Node) else node
+        return value.requires_grad_() if _is_float(value) else value
+
+    def _through_objective(
+        self, adjoints: dict[str, dict[fx.Node, torch.Tensor]], of_loss: Sequence[str]
+    ) -> None:
+        assert self._objective is not None
+        leaves, tangents, loss = self._objective
+        nodes = [node for node, leaf in zip(self.results, leaves, strict=True) if _is_float(leaf)]
+        inputs = [leaf for leaf in leaves if _is_float(leaf)]
+        for name, known in adjoints.items():
+            outputs = [
+                (tangent, known.pop(node))
+                for node, tangent in zip(self.tangents, tangents, strict=True)
+                if node in known
+            ]
+            if name in of_loss:
+                outputs.append((loss, torch.ones_like(loss)))
+            for node, value in zip(nodes, _derivatives(outputs, inputs), strict=True):
+                if value is not None:
+                    _accumulate(known, node, value)
+
+    def _retreat(
+        self,
+        chunk: Chunk,
+        adjoints: dict[str, dict[fx.Node, torch.Tensor]],
+        arrived: Callable[[str], None],
+    ) -> None:
+        active = [name for name, known in adjoints.items() if any(n in known for n in chunk.gives)]
+        if active and not chunk.made:
+            with torch.enable_grad():
+                self._execute(chunk)
+        inputs = [*chunk.leaves.values(), *chunk.constants]
+        for name in active:
+            known = adjoints[name]
+            outputs = [(chunk.made[node], known.pop(node)) for node in chunk.gives if node in known]
+            arrived(name)
+            found = _derivatives(outputs, inputs, retain=name != active[-1])
+            for node, value in zip(chunk.leaves, found, strict=False):
+                if value is not None and node not in self.primals:
+                    _accumulate(known, node, value)
+        chunk.leaves, chunk.made, chunk.constants = {}, {}, []
+        for node in chunk.gives:
+            self.values.pop(node, None)
+
+
+def _derivatives(
+    outputs: Sequence[tuple[Any, torch.Tensor]], inputs: Sequence[torch.Tensor], retain: bool = True
+) -> Sequence[torch.Tensor | None]:
+    live = [(value, seed) for value, seed in outputs if _is_float(value) and value.requires_grad]
+    if not live or not inputs:
+        return [None] * len(inputs)
+    values, seeds = zip(*live, strict=True)
+    return torch.autograd.grad(values, inputs, seeds, retain_graph=retain, allow_unused=True)
+
+
+def _accumulate(known: dict[fx.Node, torch.Tensor], node: fx.Node, value: torch.Tensor) -> None:
+    known[node] = known[node] + value if node in known else value
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _still(value: Any) -> Any:
+    """The value without its history."""
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def _cut(nodes: Sequence[fx.Node], size: int) -> list[Chunk]:
+    """Chunks of about ``size`` saved bytes; a tuple of results stays with those who unpack it."""
+    place = {node: index for index, node in enumerate(nodes)}
+    chunks: list[Chunk] = []
+    current: list[fx.Node] = []
+    filled, together = 0, -1
+    for index, node in enumerate(nodes):
+        current.append(node)
+        filled += saved_bytes(node)
+        if not isinstance(node.meta.get("val"), torch.Tensor):
+            together = max([together, *(place.get(user, -1) for user in node.users)])
+        if filled >= size and index >= together:
+            chunks.append(Chunk(current))
+            current, filled = [], 0
+    return [*chunks, Chunk(current)] if current else chunks
+
+
+def _affordable(chunks: Sequence[Chunk], memory: float) -> set[int]:
+    """Chunks that may keep what autograd saves, the last ones first."""
+    kept, used = set(), 0.0
+    for chunk in reversed(chunks):
+        used += chunk.saved_bytes
+        if used > memory:
+            break
+        kept.add(id(chunk))
+    return kept

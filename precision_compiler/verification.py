@@ -1,0 +1,153 @@
+"""Check a plan's prediction by running its exact numerics, and correct the plan where it fails."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from precision_compiler.capture import Captured
+from precision_compiler.journal import Journal
+from precision_compiler.passes import CHOOSE, EMULATE
+from precision_compiler.pipeline import Pipeline, Progress, Unit, silent
+from precision_compiler.plan import Budget, MeasuredError, Verification
+from precision_compiler.replay import gradients_of, relative_error
+from precision_compiler.statistics import METRICS
+
+ROUNDS = 3
+"""Times that a plan is corrected at the most."""
+
+MISS = 1.5
+"""Measured over predicted error from which the prediction has failed."""
+
+_STEP = "verify-plan"
+_LOSS = METRICS.index("loss")
+
+
+class Truth:
+    """Gradients and loss of one batch in float32, to compare a plan's numerics with."""
+
+    def __init__(self, captured: Captured, zero_gradients: Sequence[str]) -> None:
+        """Run the batch in float32.
+
+        Args:
+            captured: graph and batch.
+            zero_gradients: parameters whose gradient is zero by the model's structure.
+        """
+        self.captured, self.zero_gradients = captured, tuple(zero_gradients)
+        self.loss, self.gradients = gradients_of(captured)
+
+    def measure(
+        self, assignment: Mapping[str, str], predicted: float, sigma: float
+    ) -> MeasuredError:
+        """The errors of an assignment's exact numerics.
+
+        Args:
+            assignment: format by site.
+            predicted: its predicted relative gradient error.
+            sigma: the predicted standard deviation of its loss.
+        """
+        loss, found = gradients_of(self.captured, emulated(self.captured, assignment))
+        names = self.captured.joint.gradient_names
+        tensors = {
+            name: relative_error([one], [exact])
+            for name, one, exact in zip(names, found, self.gradients, strict=True)
+            if name not in self.zero_gradients and exact.any()
+        }
+        squares = [error**2 for error in tensors.values()]
+        return MeasuredError(
+            gradient_error=relative_error(found, self.gradients),
+            predicted_gradient_error=predicted,
+            tensor_error=(sum(squares) / len(squares)) ** 0.5 if squares else 0.0,
+            tensors=tensors,
+            zero_gradients=self.zero_gradients,
+            loss=float(self.loss),
+            loss_error=float(loss - self.loss),
+            predicted_loss_sigma=sigma,
+        )
+
+
+def emulated(captured: Captured, assignment: Mapping[str, str]) -> fx.GraphModule:
+    """A captured graph with the exact numerics of an assignment, in float32 arithmetic."""
+    unit = Unit(
+        captured.joint.copy(), None, Budget.parse(0), Journal(), assignment=dict(assignment)
+    )
+    Pipeline(EMULATE, given=frozenset({"assignment"})).run(unit)
+    return unit.joint.module
+
+
+def verify_plan(
+    unit: Unit, captured: Captured, held_out: bool, progress: Progress = silent
+) -> Verification:
+    """Measure the unit's assignment; where it fails, raise what was underrated and solve again.
+
+    1. It passes where the measured error is within the budget and 1.5 times the prediction.
+    2. Otherwise groups of like sites are measured alone, and those that err by more than 1.5
+       times their prediction have their variances multiplied by what was found.
+    3. Where no group stands out, all variances are multiplied by measured over predicted.
+
+    Args:
+        unit: decided; its assignment is replaced by better ones.
+        captured: the batch to measure on.
+        held_out: whether it had no part in the calibration.
+        progress: called with a sentence before each step.
+    """
+    assert unit.statistics is not None
+    progress("Measure the plan's error")
+    truth = Truth(captured, [one.name for one in unit.statistics.tensors if one.is_zero])
+    for turn in range(1, ROUNDS + 2):
+        found = _measured(truth, unit, unit.assignment)
+        passed = found.ratio <= MISS and found.gradient_error <= unit.budget.limit
+        unit.journal.note(_STEP, _sentence(found, unit.budget.limit, held_out))
+        if passed or turn > ROUNDS:
+            break
+        progress(f"Correct the prediction and solve again, round {turn}")
+        unit.raise_sites(_corrections(truth, unit, found))
+        Pipeline(CHOOSE, given=CHOOSE[0].reads).run(unit)
+    return Verification(found, held_out, turn, dict(unit.raised), passed)
+
+
+def _measured(truth: Truth, unit: Unit, assignment: Mapping[str, str]) -> MeasuredError:
+    problem = unit.problem
+    sigma = problem.error(assignment, _LOSS)
+    return truth.measure(assignment, problem.error(assignment), sigma)
+
+
+def _corrections(truth: Truth, unit: Unit, found: MeasuredError) -> dict[str, float]:
+    """Factors on the variances of sites."""
+    if found.ratio > MISS:
+        groups = _groups(unit)
+        factors: dict[str, float] = {}
+        for label, sites in groups.items():
+            alone = {
+                site: fmt if site in sites else "fp32" for site, fmt in unit.assignment.items()
+            }
+            ratio = _measured(truth, unit, alone).ratio
+            if ratio > MISS:
+                unit.journal.note(_STEP, f"{label}: {ratio:.2f} times the predicted error, raised")
+                factors |= dict.fromkeys(sites, ratio**2)
+        if factors:
+            return factors
+    worst = max(found.ratio, found.gradient_error / unit.budget.limit if unit.budget.limit else 1.0)
+    unit.journal.note(_STEP, f"all predictions raised {worst:.2f} times")
+    narrow = (site for site, fmt in unit.assignment.items() if fmt != "fp32")
+    return dict.fromkeys(narrow, worst**2)
+
+
+def _groups(unit: Unit) -> dict[str, list[str]]:
+    """Sites that are rounded, by kind, role, operation and format."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for site in unit.joint.sites:
+        fmt = unit.assignment[site.name]
+        if fmt != "fp32":
+            groups[f"{site.op} {site.role} in {fmt}"].append(site.name)
+    return groups
+
+
+def _sentence(found: MeasuredError, limit: float, held_out: bool) -> str:
+    batch = "a held-out batch" if held_out else "the calibration batch"
+    return (
+        f"on {batch} the gradient errs by {found.gradient_error:.3g}, predicted "
+        f"{found.predicted_gradient_error:.3g}, allowed {limit:.3g}; per tensor "
+        f"{found.tensor_error:.3g}; the loss by {found.loss_error:.2g}, predicted "
+        f"{found.predicted_loss_sigma:.2g}"
+    )
