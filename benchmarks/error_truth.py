@@ -18,10 +18,12 @@ import argparse
 import datetime
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -305,7 +307,7 @@ def examined(name: str, count: int, progress: Progress) -> dict[str, Any]:
     """Everything about one model."""
     task = progress.add_task(f"{name}: analysis", total=None)
     it, cost = subject(MODELS[name]())
-    record: dict[str, Any] = {"cost": cost | memory_of(name)}
+    record: dict[str, Any] = {"cost": cost | memory_of(name), "refused": refused(it)}
     stages: dict[str, tuple[int, Any]] = {
         "single": (count, lambda: single_rows(it, count)),
         "random": (count, lambda: (it.row(drawn(it, False)) for _ in range(count))),
@@ -324,6 +326,33 @@ def examined(name: str, count: int, progress: Progress) -> dict[str, Any]:
     record["selection"] = selection_rows(it)
     progress.update(task, description=f"{name}: done", total=1, completed=1)
     return record
+
+
+def refused(it: Subject) -> dict[str, dict[str, str]]:
+    """For fp16 and e4m3, how many tensors of each forward operation are ruled out, and why first.
+
+    Tensors that stay in registers are counted like those that are stored.
+    """
+    places: dict[str, set[str]] = defaultdict(set)
+    for name in it.unit.statistics.ranges if it.unit.statistics else ():
+        places[_operation(name)].add(name)
+    for name in it.unit.links.stores:
+        places[_operation(name)].add(name)
+    found: dict[str, dict[str, str]] = {}
+    for fmt in ("fp16", "e4m3"):
+        found[fmt] = {}
+        for operation, names in sorted(places.items()):
+            reasons = [it.unit.vetoes[name, fmt] for name in names if (name, fmt) in it.unit.vetoes]
+            if reasons and not operation.endswith("grad"):
+                found[fmt][operation] = f"{len(reasons)} of {len(names)}, such as {reasons[0]}"
+    return found
+
+
+def _operation(name: str) -> str:
+    """The last words of a stable name without numbers: ``layers.3.norm.pow_1`` -> ``pow``."""
+    *_, before, last = ("", *name.removesuffix(".store").split("."))
+    words = f"{before}.{last}" if last in ("grad", "fprop", "dgrad", "wgrad") else last
+    return re.sub(r"_\d+(?=\.|$)", "", words)
 
 
 def memory_of(name: str) -> dict[str, float]:
@@ -423,7 +452,8 @@ def main() -> None:
         for name in options.models:
             if options.only_cost:
                 task = progress.add_task(f"{name}: cost", total=None)
-                record["models"][name]["cost"] = subject(MODELS[name]())[1] | memory_of(name)
+                it, cost = subject(MODELS[name]())
+                record["models"][name] |= {"cost": cost | memory_of(name), "refused": refused(it)}
                 progress.update(task, total=1, completed=1)
             elif name not in record["models"]:
                 record["models"][name] = examined(name, options.assignments, progress)

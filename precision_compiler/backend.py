@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
@@ -191,9 +192,23 @@ def emulate(model: nn.Module, plan: Plan) -> nn.Module:
 
 def _installed(model: nn.Module, backend: PrecisionBackend) -> nn.Module:
     compiled = torch.compile(model._call_impl, backend=backend)  # what model.compile does
-    model._compiled_call_impl = unbroken_by_logging(compiled)
+    model._compiled_call_impl = _with_our_errors(unbroken_by_logging(compiled))
     model.__dict__[_ATTRIBUTE] = backend
     return model
+
+
+def _with_our_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a compiled function; a mistake we report is raised as such, not as Dynamo's failure."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, PrecisionError):
+                raise error.inner_exception from None
+            raise
+
+    return call
 
 
 def _require_plan(plan: object) -> None:

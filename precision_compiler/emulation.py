@@ -22,7 +22,8 @@ def quantise(x: torch.Tensor, name: str) -> torch.Tensor:
     A scaled format is scaled by the power of two that brings the tensor's amax just below the
     format's largest number; the scale is taken out again, both exactly.
     """
-    return quantised(x, format_named(name))
+    made = quantised(x, format_named(name))
+    return made.clone() if made is x else made  # an operation of its own returns a new tensor
 
 
 @quantise.register_fake

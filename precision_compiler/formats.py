@@ -110,12 +110,16 @@ def round_to(x: torch.Tensor, fmt: Format, *, saturate: bool = False) -> torch.T
     without infinities; with ``saturate`` it becomes the largest finite number, infinities
     included. NaN stays NaN, zeros keep their sign.
     """
-    if x.dtype == torch.float32 and fmt.dtype is not None:  # torch's own casts round the same way
-        within = x.clamp(-fmt.max_finite, fmt.max_finite) if saturate else x
-        if saturate and fmt.max_finite < _LARGE:  # torch widens e4m3 several times slower
-            return _round_by_addition(within, fmt)
-        return within.to(fmt.dtype).to(x.dtype)
-    return _round_by_spacing(x, fmt, saturate)
+    if x.dtype != torch.float32 or fmt.dtype is None:
+        return _round_by_spacing(x, fmt, saturate)
+    if fmt.has_infinity and not saturate:  # torch's own casts round the same way
+        return x.to(fmt.dtype).to(x.dtype)
+    if not saturate:  # torch does not agree with itself on what is beyond the largest e4m3
+        return _round_by_spacing(x, fmt, saturate)
+    within = x.clamp(-fmt.max_finite, fmt.max_finite)
+    if fmt.max_finite < _LARGE:  # torch widens 8-bit formats several times slower
+        return _round_by_addition(within, fmt)
+    return within.to(fmt.dtype).to(x.dtype)
 
 
 def _round_by_addition(x: torch.Tensor, fmt: Format) -> torch.Tensor:

@@ -6,6 +6,7 @@ covariance of the whole is b / B that of a part (samples drawn independently; Mc
 An Empirical Model of Large-Batch Training, 2018, appendix A).
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from precision_compiler.errors import CaptureError
 
 MOST_PARTS = 2
 """The spread is a sum over all elements: two parts tell it as well as more, in less time."""
+
+_NEAR = 0.25  # relative difference between the norms of gradients that are taken to be the same
 
 Gradients = Callable[[Any], Sequence[torch.Tensor]]
 
@@ -89,15 +92,18 @@ def noise_of_parts(batch: Any, gradients: Gradients, norm: float) -> Noise:
     parts = min(size, MOST_PARTS)
     each, sums = size // parts, GradientSums()
     try:
-        for start in range(0, parts * each, each):
-            sums.add(gradients(_part(batch, size, start, each)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as those of broadcast labels: checked below
+            for start in range(0, parts * each, each):
+                sums.add(gradients(_part(batch, size, start, each)))
     except CaptureError as error:
         return Noise(None, f"the loss fails on parts of the batch ({error})")
-    if not 0.5 < sums.mean_norm / norm < 2.0:
-        return Noise(
-            None, "parts of the batch have another mean gradient: pass calibration batches"
-        )
-    return Noise((sums.variance * each / size) ** 0.5, f"{parts} parts of the batch, {each} each")
+    origin, ratio = f"{parts} parts of the batch, {each} each", sums.mean_norm / norm
+    if abs(ratio - 1) < _NEAR:  # the loss is a mean over samples
+        return Noise((sums.variance * each / size) ** 0.5, origin)
+    if abs(ratio * size / each - 1) < _NEAR:  # it is a sum
+        return Noise((sums.variance * size / each) ** 0.5, origin)
+    return Noise(None, "parts of the batch have another mean gradient: pass calibration batches")
 
 
 def _batch_size(batch: Any) -> int | None:

@@ -148,8 +148,10 @@ class Probe:
     def reads(self, node: fx.Node) -> Iterable[fx.Node]:
         """Arguments; for what is tapped or tested for exactness, the tensors behind them."""
         found = dict.fromkeys(node.all_input_nodes)
-        for chain in self._readings.get(node, {}).values():
-            found[chain[0]] = None
+        for root, *views in self._readings.get(node, {}).values():
+            found[root] = None
+            sizes = (source for view in views for source in view.all_input_nodes)
+            found.update((size, None) for size in sizes if size is not root and size not in views)
         found.update(dict.fromkeys(self._cones.get(node, ())))
         return found
 
@@ -322,7 +324,7 @@ class Probe:
 
     def _cone(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The stored tensors that fused operations compute a stored one from."""
-        if contraction_rule(node) is not None or not _is_pointwise(node):
+        if not _is_fused(node):
             return ()
         stored: dict[fx.Node, None] = {}
         seen, waiting = {node}, [node]
@@ -330,7 +332,7 @@ class Probe:
             for source in waiting.pop().all_input_nodes:
                 if source in self._stored:
                     stored[source] = None
-                elif source not in seen and (is_movement(source) or _is_pointwise(source)):
+                elif source not in seen and (is_movement(source) or _is_fused(source)):
                     seen.add(source)
                     waiting.append(source)
             if len(seen) > _LONGEST_CONE:
@@ -365,10 +367,12 @@ def _shown(
     return found
 
 
-def _is_pointwise(node: fx.Node) -> bool:
+def _is_fused(node: fx.Node) -> bool:
+    """Whether a node's elements may be those of its arguments, moved or changed one by one."""
+    if node.op != "call_function" or contraction_rule(node) is not None:
+        return False
     tags = getattr(node.target, "tags", ())
-    fixed = torch.Tag.nondeterministic_seeded not in tags
-    return node.op == "call_function" and fixed and torch.Tag.pointwise in tags
+    return not {torch.Tag.reduction, torch.Tag.nondeterministic_seeded} & set(tags)
 
 
 def _is_exact(result: torch.Tensor, sources: Sequence[torch.Tensor]) -> bool:

@@ -16,6 +16,9 @@ Execute = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 # The strides of recomputed or substituted tensors can differ from the traced ones.
 _TOLERANT: dict[Any, Any] = {aten.view.default: aten.reshape.default}
 
+# Primitives that autograd has no formula for, and the operation that does the same.
+_DIFFERENTIABLE: dict[Any, Any] = {torch.ops.prims.rev.default: aten.flip.default}
+
 
 def execute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run one node as it stands; writes to the user's buffers are left out."""
@@ -23,7 +26,7 @@ def execute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         return operator.attrgetter(str(node.target))(node.graph.owning_module)
     if node.target is aten.copy_.default:
         return args[1]
-    target = _TOLERANT.get(node.target, node.target)
+    target = (_TOLERANT | _DIFFERENTIABLE).get(node.target, node.target)
     return target(*args, **kwargs)
 
 

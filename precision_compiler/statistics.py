@@ -1,5 +1,6 @@
 """What calibration keeps of a tensor: enough to price any format without running it again."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -196,9 +197,12 @@ class Observation:
         found = {}
         for name, error in self.errors.items():
             moved = adjoint * error
-            variance = float(moved.norm(dtype=torch.float64)) ** 2 * self.scale
-            signed = float(moved.sum(dtype=torch.float64)) ** 2 * self.scale
-            found[name] = Measured(variance, signed)
+            variance = float(moved.norm(dtype=torch.float64)) ** 2
+            signed = float(moved.sum(dtype=torch.float64)) ** 2
+            # Errors that agree grow with the number of elements, others with its root.
+            agree = signed > COHERENT**2 * variance
+            scale = self.scale**2 if agree else self.scale
+            found[name] = Measured(variance * self.scale, signed * scale)
         return found
 
 
@@ -352,29 +356,44 @@ class Statistics:
 
 
 def averaged(found: Sequence[Statistics]) -> Statistics:
-    """The mean of statistics of several batches of one model; noise is estimated elsewhere."""
+    """The mean of statistics of several batches of one model; noise is estimated elsewhere.
+
+    Batches of other shapes may lack tensors that are stored for the first batch.
+    """
     first, parts = found[0], len(found)
     if parts == 1:
         return first
+    pairs: dict[frozenset[Edge], list[Correlation]] = defaultdict(list)
+    for one in found:
+        for pair in one.correlations:
+            pairs[frozenset((pair.first, pair.second))].append(pair)
     return Statistics(
-        {key: _mean([one.stores[key] for one in found]) for key in first.stores},
-        {key: _mean([one.operands[key] for one in found]) for key in first.operands},
+        {key: _mean([o.stores[key] for o in found if key in o.stores]) for key in first.stores},
         {
-            key: tuple(map(_mean, zip(*(one.internals[key] for one in found), strict=True)))
+            key: _mean([one.operands[key] for one in found if key in one.operands])
+            for key in first.operands
+        },
+        {
+            key: tuple(
+                map(
+                    _mean,
+                    zip(*(o.internals[key] for o in found if key in o.internals), strict=True),
+                )
+            )
             for key in first.internals
         },
-        tuple(map(_mean_correlation, zip(*(one.correlations for one in found), strict=True))),
+        tuple(_mean_correlation(pair, pairs) for pair in first.correlations),
         {
             key: sources
             for key, sources in first.exact.items()
             if all(key in o.exact for o in found)
         },
-        {key: _mean([one.ranges[key] for one in found]) for key in first.ranges},
+        {key: _mean([o.ranges[key] for o in found if key in o.ranges]) for key in first.ranges},
         {
-            key: _mean_accumulated([o.accumulations[key] for o in found])
-            for key in first.accumulations
+            key: _mean_accumulated([one.accumulations.get(key, own) for one in found])
+            for key, own in first.accumulations.items()
         },
-        {key: max(one.sums[key] for one in found) for key in first.sums},
+        {key: max(one.sums[key] for one in found if key in one.sums) for key in first.sums},
         sum(one.gradient_norm for one in found) / parts,
         sum(one.loss for one in found) / parts,
         first.tensors,
@@ -401,8 +420,10 @@ def _mean_accumulated(found: Sequence[Accumulated]) -> Accumulated:
     return Accumulated(variance, max(one.terms for one in found))
 
 
-def _mean_correlation(found: Sequence[Correlation]) -> Correlation:
-    first = found[0]
+def _mean_correlation(
+    first: Correlation, pairs: Mapping[frozenset[Edge], Sequence[Correlation]]
+) -> Correlation:
+    found = pairs[frozenset((first.first, first.second))]
     return Correlation(
         first.first,
         first.second,

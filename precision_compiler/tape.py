@@ -100,7 +100,7 @@ class Tape:
         self.gradients = [node for node in gradients if isinstance(node, fx.Node)]
         later = reached_from(self.tangents) if self.tangents else set()
         steps = [node for node in graph.nodes if is_step(node)]
-        size = max(1, min(sum(map(saved_bytes, steps)) // CHUNKS, int(memory) // 4))
+        size = max(1, int(min(sum(map(saved_bytes, steps)) / CHUNKS, memory / 4)))
         self.forward = _cut([node for node in steps if node not in later], size)
         self.backward = _cut([node for node in steps if node in later], size)
         self._connect()

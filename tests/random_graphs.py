@@ -7,10 +7,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
+from precision_compiler.emulation import quantise
 from precision_compiler.formats import FORMATS
 from precision_compiler.graph import contraction_rule, is_float32, is_movement, root_of
 from precision_compiler.links import find_links
-from precision_compiler.passes.lower.round_operands import round_operand
 from precision_compiler.problem import fixes_result
 from tests.helpers import graph, joint_of
 
@@ -170,7 +170,7 @@ class _Emulation:
         root = root_of(argument)
         whole = self.values[root]
         dtype = FORMATS[fmt].dtype
-        rounded = whole.to(dtype) if fixes_result(fmt) and dtype else round_operand(whole, fmt)
+        rounded = whole.to(dtype) if fixes_result(fmt) and dtype else quantise(whole, fmt)
         return self._shown(argument, root, rounded)
 
     def _shown(self, node: fx.Node, root: fx.Node, value: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import precision_compiler.passes as shipped
 from precision_compiler.graph import copied
 from precision_compiler.journal import Journal
 from precision_compiler.links import find_links
-from precision_compiler.passes import DECIDE, DEFAULT, REWRITE
+from precision_compiler.passes import CHOOSE, DECIDE, DEFAULT, EMULATE, REWRITE
 from precision_compiler.pipeline import Numerics, Pass, Pipeline, Unit
 from precision_compiler.plan import Budget
 from precision_compiler.problem import fixes_result
@@ -23,7 +23,10 @@ from tests.helpers import machine
 from tests.models import MODELS, captured, planned
 
 each = pytest.mark.parametrize("step", DEFAULT, ids=[step.name for step in DEFAULT])
-each_rewrite = pytest.mark.parametrize("step", REWRITE, ids=[step.name for step in REWRITE])
+CARRY_OUT = (*REWRITE, *EMULATE)
+each_rewrite = pytest.mark.parametrize(
+    "step", CARRY_OUT, ids=[step.name + " everything" * (step in EMULATE) for step in CARRY_OUT]
+)
 models = pytest.mark.parametrize("model", ["mlp", "gpt", "llama", "vit"])
 
 
@@ -41,6 +44,15 @@ def test_name_is_that_of_file_and_class(step: Pass) -> None:
 def test_test_file_has_the_same_name(step: Pass) -> None:
     stage, name = type(step).__module__.split(".")[-2:]
     assert (Path(__file__).parent / "passes" / stage / f"test_{name}.py").is_file()
+
+
+def test_lists_for_parts_of_the_way_hold_the_same_passes() -> None:
+    """CHOOSE is the last step of deciding; EMULATE a lowering that takes the place of REWRITE."""
+    assert DECIDE[-len(CHOOSE) :] == CHOOSE
+    for part in (CHOOSE, EMULATE, REWRITE, DECIDE):
+        assert {step.name for step in part} <= {step.name for step in DEFAULT}
+    for part, given in ((DECIDE, ()), (REWRITE, ["assignment"]), (EMULATE, ["assignment"])):
+        Pipeline(part, frozenset(given))  # in an order in which each finds what it reads
 
 
 def test_names_are_unique_and_the_list_is_complete() -> None:
@@ -92,9 +104,10 @@ def unit_for(model: str) -> Unit:
 
 
 def rewritten_up_to(model: str, step: Pass) -> Unit:
-    """The unit after all rewriting passes before ``step``."""
+    """The unit after all passes before ``step`` in its list."""
     unit = unit_for(model)
-    earlier = REWRITE[: REWRITE.index(step)]
+    steps = REWRITE if step in REWRITE else EMULATE
+    earlier = steps[: steps.index(step)]
     Pipeline(earlier, given=frozenset({"assignment"})).run(unit)
     return unit
 
@@ -160,10 +173,13 @@ def test_exact_deciding_leaves_the_graph_alone(model: str) -> None:
     assert unit.solution.seconds == pytest.approx(seconds, rel=3e-3)
 
 
+@pytest.mark.parametrize("steps", [REWRITE, EMULATE], ids=["rewritten", "emulated"])
 @pytest.mark.parametrize("model", MODELS)
-def test_rewritten_graph_returns_what_the_model_returns(model: str) -> None:
+def test_rewritten_graph_returns_what_the_model_returns(
+    model: str, steps: tuple[Pass, ...]
+) -> None:
     unit = unit_for(model)
-    Pipeline(REWRITE, given=frozenset({"assignment"})).run(unit)
+    Pipeline(steps, given=frozenset({"assignment"})).run(unit)
     expected = gradients_of(captured(model))
     found = gradients_of(captured(model), unit.joint.module)
     assert found[0].item() == pytest.approx(expected[0].item(), rel=0.05)

@@ -7,13 +7,13 @@ import pytest
 import precision_compiler
 from precision_compiler import errors
 
-MAIN_NAMES = {
-    "Plan",
-    "Target",
-    "Workload",
+CLASSES = {"Flag", "MeasuredError", "Plan", "Target", "Verification", "Workload"}
+MAIN_NAMES = CLASSES | {
     "compile",
+    "emulate",
     "export_onnx",
     "make_plan",
+    "measure_error",
     "plan_of",
 }
 ERROR_NAMES = {
@@ -32,7 +32,7 @@ def test_public_name_is_documented(name: str) -> None:
     assert inspect.getdoc(getattr(precision_compiler, name))
 
 
-@pytest.mark.parametrize("name", ["Plan", "Target", "Workload"])
+@pytest.mark.parametrize("name", sorted(CLASSES))
 def test_public_class_documents_its_methods(name: str) -> None:
     methods = vars(getattr(precision_compiler, name)).items()
     public = [(key, value) for key, value in methods if not key.startswith("_")]

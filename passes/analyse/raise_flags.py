@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import ClassVar
 
 from precision_compiler.errors import InternalError
@@ -84,7 +85,7 @@ class RaiseFlags:
         error = sum(tensor.variance(fmt) for tensor in tensors) ** 0.5
         if error > self.invalid:
             sentence = f"predicted to change the gradient by {error:.2g} of its size, alone"
-            yield Flag("invalid", site, fmt.name, sentence, {"error": error}, True)
+            yield Flag("invalid", site, fmt.name, sentence, {"error": _finite(error)}, True)
 
     def _of_range(self, site: str, tensor: Sensitivity, fmt: Format) -> Iterator[Flag]:
         """Rules 1 and 3, which need no derivative."""
@@ -95,7 +96,7 @@ class RaiseFlags:
                 f"largest magnitude {tensor.amax:.3g} with a margin of {2**self.margin} exceeds "
                 f"{fmt.max_finite:g}"
             )
-            numbers = {"amax": min(tensor.amax, 3.4e38), "largest": fmt.max_finite}
+            numbers = {"amax": _finite(tensor.amax), "largest": fmt.max_finite}
             yield Flag("overflow", site, fmt.name, sentence, numbers, True)
         lost = tensor.flushed(fmt)
         if lost > self.flushed:
@@ -112,7 +113,7 @@ class RaiseFlags:
                 f"the error would be {times:.1f} times larger than above the smallest normal "
                 f"number {2.0**fmt.min_exponent:.3g} if values shrank {2**self.drift} times"
             )
-            yield Flag("underflow", site, fmt.name, sentence, {"growth": times}, True)
+            yield Flag("underflow", site, fmt.name, sentence, {"growth": _finite(times)}, True)
         ratio = tensor.signed_ratio(fmt)
         if tensor.is_coherent(fmt):
             error = tensor.variance(fmt) ** 0.5
@@ -120,11 +121,16 @@ class RaiseFlags:
                 f"rounding errors add up to {ratio:.1f} times what independent ones would, "
                 f"{error:.2g} of the gradient"
             )
-            numbers = {"ratio": ratio, "error": error}
+            numbers = {"ratio": _finite(ratio), "error": _finite(error)}
             yield Flag("coherent", site, fmt.name, sentence, numbers, error > self.harmless)
         if tensor.size == 1:
             sentence = "it is a single number: its rounding error on another batch is another draw"
             yield Flag("single-element", site, fmt.name, sentence, {}, False)
+
+
+def _finite(number: float) -> float:
+    """A number that JSON knows: infinities and NaN become the largest float32 number."""
+    return number if isfinite(number) else FORMATS["fp32"].max_finite
 
 
 def _of_sums(statistics: Statistics) -> Iterator[Flag]:
@@ -155,8 +161,8 @@ def _of_gradients(statistics: Statistics) -> Iterator[Flag]:
     for tensor in statistics.tensors:
         if tensor.is_zero:
             sentence = (
-                f"its gradient of norm {tensor.norm:.2g} is float32 rounding noise, and left out "
-                "of every mean over tensors"
+                f"its gradient of norm {tensor.norm:.2g} is float32 rounding noise (which is "
+                f"{tensor.noise:.2g} here), and left out of every mean over tensors"
             )
             numbers = {"norm": tensor.norm, "noise": tensor.noise}
             yield Flag("zero-gradient", tensor.name, None, sentence, numbers, False)

@@ -22,6 +22,7 @@ from precision_compiler.problem import (
     result_format,
 )
 
+_RELIEF = 100.0  # a rounding of more times the limit would need errors that cancel to 99 %
 _TOLERANCE = 1e-6  # the solver keeps constraints to 1e-7: inside the budget, not on its edge
 
 
@@ -123,7 +124,8 @@ class _Program:
         constraints = [LinearConstraint(self._matrix(), self.lowest, self.highest)]
         # What alone breaks the budget is barred exactly: beside it the tolerance would hide others.
         barred = noise > limit * (1 + 1e-9)
-        barred[list(self.relieving)] = False
+        relieving = list(self.relieving)  # beside others they may be more than the limit
+        barred[relieving] = noise[relieving] > _RELIEF * limit
         if isfinite(limit) and limit > 0:
             shares = np.where(barred, 0.0, noise) / limit
             constraints.append(LinearConstraint(shares, -np.inf, 1.0 - _TOLERANCE))

@@ -88,8 +88,7 @@ class _Emulator:
             if index in rule.companions and not fixes_result(fmt):
                 continue
             root = root_of(argument)
-            known = self.format_of.get(root)
-            if known is not None and FORMATS[fmt].refines(FORMATS[known]):
+            if self.format_of.get(root) == fmt:
                 continue
             copy = self._rounded(root, fmt)
             node.update_arg(index, self.mover.moved(copy, root, argument))

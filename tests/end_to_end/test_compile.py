@@ -81,6 +81,7 @@ def test_compiling_keeps_object_keys_and_dtypes() -> None:
     model = model_of()
     keys, dtypes = list(model.state_dict()), {p.dtype for p in model.parameters()}
     assert precision_compiler.compile(model, batch_of()) is model
+    assert precision_compiler.plan_of(model).budget.asked == "auto"
     assert list(model.state_dict()) == keys
     assert {p.dtype for p in model.parameters()} == dtypes
 
@@ -168,6 +169,7 @@ WRONG_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"batch": 3}, precision_compiler.CaptureError, "int"),
     ({"batch": batch_of(), "budget": -0.1}, precision_compiler.BudgetError, "-0.1"),
     ({"batch": batch_of(), "budget": "small"}, precision_compiler.BudgetError, "small"),
+    ({"batch": batch_of(), "budget": "noise:lots"}, precision_compiler.BudgetError, "noise:lots"),
     ({"batch": batch_of(), "target": "h1000"}, precision_compiler.TargetError, "h1000"),
     ({"plan": "plan.json"}, precision_compiler.PlanError, "Plan.load"),
 ]

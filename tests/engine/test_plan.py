@@ -10,17 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precision_compiler.errors import BudgetError, PlanError
+from precision_compiler.errors import PlanError
+from precision_compiler.flags import FLAGS, Flag
 from precision_compiler.formats import FORMATS
 from precision_compiler.journal import JournalEntry
 from precision_compiler.plan import (
+    SCHEMA_VERSION,
     Budget,
+    MeasuredError,
     NodeChoice,
     Option,
     Plan,
     SiteChoice,
     SiteDifference,
     Totals,
+    Verification,
     write_atomically,
 )
 from tests.models import planned
@@ -44,25 +48,77 @@ sites = st.builds(
         formats, st.builds(Option, amounts, amounts, st.none() | words), max_size=2
     ),
 )
+signed = st.floats(allow_nan=False, allow_infinity=False)
+budgets = st.builds(
+    Budget,
+    asked=words,
+    limit=amounts,
+    origin=words,
+    bound_by=st.sampled_from(["number", "autocast", "noise", "trust region", "nothing yet"]),
+    noise_factor=st.none() | amounts,
+    autocast=st.none() | amounts,
+    noise=st.none() | amounts,
+    noise_origin=words,
+)
+measured = st.builds(
+    MeasuredError,
+    gradient_error=amounts,
+    predicted_gradient_error=amounts,
+    tensor_error=amounts,
+    tensors=st.dictionaries(words, amounts, max_size=2),
+    zero_gradients=st.lists(words, max_size=2).map(tuple),
+    loss=signed,
+    loss_error=signed,
+    predicted_loss_sigma=amounts,
+)
+verifications = st.builds(
+    Verification,
+    measured,
+    held_out=st.booleans(),
+    rounds=st.integers(1, 4),
+    raised=st.dictionaries(words, amounts, max_size=2),
+    passed=st.booleans(),
+)
+flags = st.builds(
+    Flag,
+    name=st.sampled_from(list(FLAGS)),
+    site=words,
+    format=st.none() | formats,
+    sentence=words,
+    numbers=st.dictionaries(words, signed, max_size=2),
+    veto=st.booleans(),
+)
+totals = st.builds(
+    Totals,
+    *[amounts] * 7,
+    casts=st.integers(0, 9),
+    predicted_loss_sigma=amounts,
+    predicted_tensor_error=st.none() | amounts,
+    gradient_norm=amounts,
+    loss=signed,
+    batches=st.integers(1, 9),
+)
+nodes = st.builds(
+    NodeChoice,
+    *(words, words, st.none() | words, words, words, words, amounts, amounts),
+    vetoes=st.dictionaries(formats, words, max_size=2),
+)
 plans = st.builds(
     Plan,
-    schema_version=st.just(1),
+    schema_version=st.just(SCHEMA_VERSION),
     target=words,
-    budget=st.builds(Budget, words, amounts, words),
+    budget=budgets,
     fingerprint=words,
     loss_origin=words,
     versions=st.dictionaries(words, words, max_size=2),
-    totals=st.builds(Totals, *[amounts] * 7, st.integers(0, 9)),
+    totals=totals,
     sites=st.dictionaries(words, sites, max_size=3),
-    nodes=st.lists(
-        st.builds(
-            NodeChoice, words, words, st.none() | words, words, words, words, amounts, amounts
-        ),
-        max_size=2,
-    ).map(tuple),
+    nodes=st.lists(nodes, max_size=2).map(tuple),
     journal=st.lists(
         st.builds(JournalEntry, words, words, amounts, st.integers(0), st.integers(0)), max_size=2
     ).map(tuple),
+    flags=st.lists(flags, max_size=2).map(tuple),
+    verification=st.none() | verifications,
 )
 
 
@@ -88,7 +144,7 @@ def test_round_trip_of_a_real_plan_through_a_file(tmp_path: Path) -> None:
 def test_file_is_json_that_people_can_read(tmp_path: Path) -> None:
     planned("mlp").save(tmp_path / "plan.json")
     record = json.loads((tmp_path / "plan.json").read_text())
-    assert record["schema_version"] == 1
+    assert record["schema_version"] == 2
     assert set(record) == {field.name for field in dataclasses.fields(Plan)}
 
 
@@ -165,15 +221,15 @@ def _error_or_plan(text: bytes) -> None:
         (b"[]", "is not a plan"),
         (b"3", "is not a plan"),
         (b"null", "is not a plan"),
-        (b"{}", "has schema version None, this program reads 1"),
-        (b'{"schema_version": 2}', "has schema version 2, this program reads 1"),
-        (b'{"schema_version": 1}', "is corrupt at target: Field required"),
+        (b"{}", "has schema version None, this program reads 2"),
+        (b'{"schema_version": 1}', "has schema version 1, this program reads 2"),
+        (b'{"schema_version": 2}', "is corrupt at target: Field required"),
         (b"\x89PNG\r\n", "is not a plan"),
         (b"\xff\xfe\x00", "is not a plan"),
-        (b'{"schema_version": 1, "target": NaN}', "is not a plan (the number NaN is not finite)"),
-        (b'{"schema_version": 1, "a": 1e999}', "is not a plan (the number 1e999 is not finite)"),
+        (b'{"schema_version": 2, "target": NaN}', "is not a plan (the number NaN is not finite)"),
+        (b'{"schema_version": 2, "a": 1e999}', "is not a plan (the number 1e999 is not finite)"),
         (b"[" * 100_000, "is not a plan"),
-        (b'{"schema_version": 1, "target": ' + b"[" * 100_000, "is not a plan"),
+        (b'{"schema_version": 2, "target": ' + b"[" * 100_000, "is not a plan"),
     ],
 )
 def test_no_plan_is_a_plan_error(text: bytes, message: str) -> None:
@@ -266,27 +322,3 @@ def test_digest_depends_on_decisions_alone() -> None:
     name = next(iter(plan.sites))
     other = "fp16" if plan.sites[name].format != "fp16" else "bf16"
     assert changed(plan, {name: other}).digest != plan.digest
-
-
-def test_budget_of_autocast_waits_for_its_score() -> None:
-    budget = Budget.parse("autocast")
-    assert (budget.asked, budget.limit) == ("autocast", float("inf"))
-
-
-@pytest.mark.parametrize(
-    ("asked", "limit"), [(0.01, 0.01), ("0.01", 0.01), (0, 0.0), (1, 1.0), ("1e-3", 1e-3)]
-)
-def test_budget_is_a_number(asked: float | str, limit: float) -> None:
-    found = Budget.parse(asked)
-    assert found.limit == limit
-    assert float(found.asked) == limit
-
-
-@pytest.mark.parametrize(
-    "asked", ["", "auto", "1%", -1, "-0.1", float("nan"), float("inf"), "nan", None, [1], 1j]
-)
-def test_budget_of_another_kind_is_an_error_that_names_it(asked: Any) -> None:
-    with pytest.raises(BudgetError) as caught:
-        Budget.parse(asked)
-    assert repr(asked) in str(caught.value)
-    assert "\n" not in str(caught.value)

@@ -1,11 +1,22 @@
 """A plan as tables: layers with the same formats share a row, totals come first."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from precision_compiler.plan import Budget, Option, Plan, SiteChoice, Totals
+from precision_compiler.flags import Flag
+from precision_compiler.plan import (
+    SCHEMA_VERSION,
+    Budget,
+    MeasuredError,
+    Option,
+    Plan,
+    SiteChoice,
+    Totals,
+    Verification,
+)
 from precision_compiler.report.show import (
     contraction_rows,
     layer_ranges,
@@ -44,13 +55,15 @@ def plan() -> Plan:
     sites["blocks.0.fc.store"] = site("storage", "store", "bf16")
     sites["head.store"] = site("storage", "store", "fp32")
     return Plan(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         target="h100",
         budget=Budget("autocast", 0.0083, "scored"),
         fingerprint="0123456789abcdef",
         loss_origin="the model's own loss",
         versions={},
-        totals=Totals(0.312, 0.0081, 0.310, 0.0064, 0.788, 0.315, 0.0083, 73),
+        totals=Totals(
+            0.312, 0.0081, 0.310, 0.0064, 0.788, 0.315, 0.0083, 73, 1e-4, None, 0.7, 2.5, 1
+        ),
         sites=sites,
         nodes=(),
         journal=(),
@@ -75,12 +88,49 @@ def test_layers_with_the_same_formats_share_a_row(plan: Plan) -> None:
 
 
 def test_totals_come_first_and_compare(plan: Plan) -> None:
-    first, second, third = printed(plan).splitlines()[:3]
+    first, second, third, fourth = printed(plan).splitlines()[:4]
     assert "312 ms" in first
     assert "fp32 788 ms = 2.53x" in first
     assert "autocast 315 ms = 1.01x" in first
     assert "0.0081 predicted, 0.0083 allowed by budget autocast" in second
-    assert "310 ms: gap 0.6%" in third
+    assert third.split() == ["budget", "0.0083:", "scored"]
+    assert "310 ms: gap 0.6%" in fourth
+
+
+MEASURED = MeasuredError(0.0123, 0.008, 0.034, {"w": 0.034}, (), 2.5, -3e-4, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "passed", "words"),
+    [
+        (True, True, "0.012 on a held-out batch, 0.034 per tensor, loss -0.0003 (sigma 0.0001"),
+        (False, False, "on the calibration batch"),
+        (False, False, "outside of what was promised"),
+    ],
+)
+def test_verified_plan_shows_what_was_measured(
+    plan: Plan, held_out: bool, passed: bool, words: str
+) -> None:
+    assert "measured" not in printed(plan)
+    verified = replace(plan, verification=Verification(MEASURED, held_out, 1, {}, passed))
+    line = printed(verified).splitlines()[2]
+    assert line.startswith("measured")
+    assert words in line
+    assert ("outside" in line) != passed
+
+
+def test_flags_are_counted_and_one_that_vetoes_is_shown(plan: Plan) -> None:
+    assert "Flags" not in printed(plan)
+    flags = (
+        Flag("flush", "a.store", "fp16", "half is gone", {}, False),
+        Flag("flush", "b.store", "fp16", "all is gone", {}, True),
+        Flag("trust-region", "", None, "large error", {}, False),
+    )
+    table = printed(replace(plan, flags=flags)).partition("Flags")[2]
+    (flush,) = [line for line in table.splitlines() if "flush" in line]
+    assert [word for word in flush.split() if word.isdigit()] == ["2", "1"]
+    assert "b.store in fp16: all is gone" in flush
+    assert " large error" in table
 
 
 def test_storage_is_counted_by_format(plan: Plan) -> None:

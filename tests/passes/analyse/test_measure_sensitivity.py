@@ -1,10 +1,10 @@
 """Predicted errors against the errors that rounding a tensor really causes."""
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -13,50 +13,39 @@ from precision_compiler.attention import substitutes
 from precision_compiler.capture import Captured, capture
 from precision_compiler.compiler import rewritten
 from precision_compiler.errors import AnalysisError, InternalError
-from precision_compiler.formats import FORMATS, Format, round_to, ulp
+from precision_compiler.formats import FORMATS, Format, quantised, ulp
 from precision_compiler.journal import Journal
 from precision_compiler.links import find_links
 from precision_compiler.passes.analyse.measure_sensitivity import MeasureSensitivity
 from precision_compiler.pipeline import Unit
 from precision_compiler.plan import Budget
-from precision_compiler.replay import Replay, execute, gradients_of, relative_error
+from precision_compiler.replay import execute, gradients_of, relative_error
 from precision_compiler.statistics import Sensitivity, Statistics
 from tests import models
 from tests.helpers import graph, joint_of, machine
-from tests.models import MODELS, Case, captured, planned
+from tests.models import MODELS, Case, captured, made, planned
 
-Change = Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...]]
+Run = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 
 
-def measured(found: Captured, seed: int = 0) -> Statistics:
-    unit = Unit(found.joint.copy(), machine(), Budget.parse(1.0), Journal(), found)
-    assert not MeasureSensitivity(seed).run(unit)
+def measured(found: Captured, *others: Captured, **options: Any) -> Statistics:
+    unit = Unit(found.joint.copy(), machine(), Budget.parse("auto"), Journal(), found, others)
+    assert not MeasureSensitivity(**options).run(unit)
     assert unit.statistics is not None
     return unit.statistics
 
 
-def nearest(sensitivity: Sensitivity, fmt: Format) -> Callable[[Tensor], Tensor]:
-    """Rounding as it would be done: a scaled format fills its range."""
-    scale = 2.0 ** sensitivity.scale_exponent(fmt)
-    return lambda value: (round_to(value.double() * scale, fmt) / scale).to(value.dtype)
-
-
-@torch.no_grad()
-def disturbed(found: Captured, run: Callable[..., Any]) -> list[Tensor]:
-    """Gradients with ``run`` in place of every operation."""
-    joint = found.joint
+def drawn(make: Callable[[], Case]) -> Captured:
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        replay = Replay(joint.module, joint.inputs, joint.outputs, run)
-        results = [
-            value.detach().requires_grad_() if value.is_floating_point() else value
-            for value in replay.forward()
-        ]
-        with torch.enable_grad():
-            loss = found.objective(lambda: results)
-            wanted = replay.tangents_needed(results)
-            tangents = torch.autograd.grad(loss, wanted, materialize_grads=True)
-        return [value for value in replay.backward(tangents) if value is not None]
+        torch.manual_seed(1)
+        case = make()
+    return capture(case.model, case.batch, case.loss)
+
+
+def batch_of(rows: int) -> tuple[Tensor, ...]:
+    """A batch for the two-layer model."""
+    generator = torch.Generator().manual_seed(3)
+    return tuple(torch.randn(rows, 16, generator=generator) * 3 for _ in range(2))
 
 
 def roundings(found: Captured, fmt: Format, every: int) -> list[tuple[str, float, float]]:
@@ -64,51 +53,41 @@ def roundings(found: Captured, fmt: Format, every: int) -> list[tuple[str, float
     stats, exact = measured(found), gradients_of(found)[1]
     links = find_links(found.joint)
     nodes = {site.name: site.node for site in found.joint.sites}
-    trials: list[tuple[str, float, Callable[..., Any]]] = []
-
-    def add(label: str, sensitivity: Sensitivity, run: Callable[..., Any]) -> None:
-        predicted = sensitivity.variance(fmt) ** 0.5 / stats.gradient_norm
-        trials.append((label, predicted, run))
-
-    for store, sensitivity in stats.stores.items():
-        add(store, sensitivity, _rounded_result(nodes[store], nearest(sensitivity, fmt)))
+    trials: list[tuple[str, Sensitivity, Run]] = []
+    for store, seen in stats.stores.items():
+        trials.append((store, seen, _rounded_result(nodes[store], fmt)))
     for link in links.reads:
-        sensitivity = stats.operands[link.contraction, link.argument]
-        round_one = nearest(sensitivity, fmt)
-        run = _rounded_argument(nodes[link.contraction], link.argument, round_one)
-        add(f"{link.contraction}[{link.argument}]", sensitivity, run)
+        seen = stats.operands[link.contraction, link.argument]
+        run = _rounded_argument(nodes[link.contraction], link.argument, fmt)
+        trials.append((f"{link.contraction}[{link.argument}]", seen, run))
     for site, inside in stats.internals.items():
-        for index, sensitivity in enumerate(inside):
-            run = _rounded_inside(nodes[site], index, nearest(sensitivity, fmt))
-            add(f"{site}({index})", sensitivity, run)
+        for index, seen in enumerate(inside):
+            run = _rounded_inside(nodes[site], index, fmt)
+            trials.append((f"{site}({index})", seen, run))
     return [
-        (label, predicted, relative_error(disturbed(found, run), exact))
-        for label, predicted, run in trials[::every]
+        (label, seen.variance(fmt) ** 0.5, relative_error(gradients_of(found, run=run)[1], exact))
+        for label, seen, run in trials[::every]
     ]
 
 
-def _rounded_result(name: str, rounding: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+def _rounded_result(name: str, fmt: Format) -> Run:
     def run(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = execute(node, args, kwargs)
-        return rounding(value) if node.name == name else value
+        return quantised(value, fmt) if node.name == name else value
 
     return run
 
 
-def _rounded_argument(
-    name: str, index: int, rounding: Callable[[Tensor], Tensor]
-) -> Callable[..., Any]:
+def _rounded_argument(name: str, index: int, fmt: Format) -> Run:
     def run(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.name == name:
-            args = (*args[:index], rounding(args[index]), *args[index + 1 :])
+            args = (*args[:index], quantised(args[index], fmt), *args[index + 1 :])
         return execute(node, args, kwargs)
 
     return run
 
 
-def _rounded_inside(
-    name: str, index: int, rounding: Callable[[Tensor], Tensor]
-) -> Callable[..., Any]:
+def _rounded_inside(name: str, index: int, fmt: Format) -> Run:
     formulas = substitutes()
 
     def run(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -117,18 +96,11 @@ def _rounded_inside(
         taps = iter(range(9))
 
         def tap(value: Tensor) -> Tensor:
-            return rounding(value) if next(taps) == index else value
+            return quantised(value, fmt) if next(taps) == index else value
 
         return formulas[node.target](tap, *args, **kwargs)
 
     return run
-
-
-def drawn(make: Callable[[], Case]) -> Captured:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        case = make()
-    return capture(case.model, case.batch, case.loss)
 
 
 @pytest.mark.parametrize(
@@ -152,8 +124,7 @@ def test_predicted_error_of_every_rounding_is_the_real_one(
     wrong = [
         f"{label}: predicted {predicted:.2e}, real {real:.2e}"
         for label, predicted, real in found
-        if not (real / 2 - noise <= predicted <= 2 * real + noise)
-        and not label.startswith("nll_loss")  # one number throughout: its errors are no noise
+        if not real / 2 - noise <= predicted <= 2 * real + noise
     ]
     assert len(found) > 10
     assert not wrong, "\n".join(wrong)
@@ -163,11 +134,9 @@ def test_predicted_error_of_every_rounding_is_the_real_one(
 def test_predicted_error_of_a_whole_plan_is_the_real_one(name: str) -> None:
     found, plan = captured(name), planned(name)
     assert {"bf16", "fp16"} & set(plan.assignment.values())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        module = rewritten(found.joint, plan)
+    module = rewritten(found.joint, plan)
     real = relative_error(gradients_of(found, module)[1], gradients_of(found)[1])
-    assert real / 2 <= plan.predicted_gradient_error <= 2 * real
+    assert real / 1.5 <= plan.predicted_gradient_error <= 1.5 * real
 
 
 class Slope(nn.Module):
@@ -184,22 +153,17 @@ class Slope(nn.Module):
 def test_error_of_a_linear_loss_is_the_error_of_the_inputs() -> None:
     """The gradient is the column sums of x: rounding x errs by the sum of ulp^2 / 12."""
     x = torch.randn(32, 40, generator=torch.Generator().manual_seed(0))
-    found = capture(Slope(), x)
-    stats = measured(found)
+    stats = measured(capture(Slope(), x))
     assert stats.loss == pytest.approx(x.sum().item(), rel=1e-4)
     assert stats.gradient_norm == pytest.approx(x.sum(0).norm().item(), rel=1e-5)
     largest = x.abs().amax().item()
-    (backward,) = [
-        sensitivity
-        for (site, _), sensitivity in stats.operands.items()
-        if site == "linear.wgrad" and sensitivity.amax == largest
-    ]
+    seen = {site: s for (site, _), s in stats.operands.items() if s.amax == largest}
     for fmt in (FORMATS["bf16"], FORMATS["fp16"], FORMATS["tf32"]):
-        expected = ulp(x, fmt).square().sum().item() / 12
-        assert backward.variance(fmt) == pytest.approx(expected, rel=1e-6)
-    for (site, _), sensitivity in stats.operands.items():
-        if site == "linear.fprop":  # the gradient depends on nothing in the forward pass
-            assert sensitivity.weight.sum() == 0
+        square = ulp(x, fmt).square().sum().item() / 12
+        relative = square / stats.gradient_norm**2
+        assert seen["linear.wgrad"].variance(fmt) == pytest.approx(relative, rel=1e-6)
+        assert seen["linear.fprop"].variance(fmt) == 0.0  # no gradient depends on the forward pass
+        assert seen["linear.fprop"].variance(fmt, metric=2) == pytest.approx(square, rel=1e-6)
 
 
 def test_tensors_that_no_input_reaches_are_measured_too() -> None:
@@ -207,10 +171,42 @@ def test_tensors_that_no_input_reaches_are_measured_too() -> None:
     stats = measured(captured("handwritten"))
     for sensitivity in stats.stores.values():
         assert sensitivity.amax > 0
-    batch = torch.randn(32, 16)
+    batch = batch_of(32)[0]
     found = capture(nn.Linear(16, 4, bias=False), batch, lambda output, _: output.sum())
     operands = measured(found).operands
     assert all(o.weight.sum() > 0 for (site, _), o in operands.items() if site.endswith("wgrad"))
+
+
+def test_several_batches_are_averaged() -> None:
+    case = made("mlp")
+    first = capture(case.model, case.batch)
+    second = first.on(batch_of(32))
+    one, other, both = measured(first), measured(second, seed=1), measured(first, second)
+    assert (both.batches, one.batches) == (2, 1)
+    for key, mean in both.stores.items():
+        pair = one.stores[key], other.stores[key]
+        assert np.array_equal(mean.weight, (pair[0].weight + pair[1].weight) / 2)
+        assert mean.amax == max(pair[0].amax, pair[1].amax)
+    for field in ("gradient_norm", "loss"):
+        expected = (getattr(one, field) + getattr(other, field)) / 2
+        assert getattr(both, field) == pytest.approx(expected)
+    gradients = [gradients_of(batch)[1] for batch in (first, second)]
+    distance = sum(float((a - b).square().sum()) for a, b in zip(*gradients, strict=True)) ** 0.5
+    assert both.noise == pytest.approx(distance / 2**0.5 / both.gradient_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(("first", "second"), [(32, 64), (32, 8), (8, 32)])
+def test_batches_of_other_sizes_are_averaged_too(first: int, second: int) -> None:
+    """Whether a small tensor counts as stored depends on its size: what both know is averaged."""
+    case = made("mlp")
+    one = capture(case.model, tuple(tensor[:first] for tensor in case.batch))
+    other = one.on(batch_of(second))
+    stats = measured(one, other)
+    assert stats.batches == 2
+    assert set(stats.stores) == set(find_links(one.joint).stores)
+    edge = "up.fprop", 1
+    mean = (measured(one).operands[edge].weight + measured(other, seed=1).operands[edge].weight) / 2
+    assert stats.operands[edge].weight == pytest.approx(mean)
 
 
 def test_same_seed_same_statistics_and_another_seed_about_the_same() -> None:
@@ -238,18 +234,18 @@ def test_every_site_is_measured_and_the_model_left_alone(name: str) -> None:
             assert value.grad is None
 
 
-def test_loss_without_slope_is_an_error() -> None:
-    found = capture(nn.Linear(4, 4), torch.zeros(2, 4), lambda output, _: (output * 0).sum())
-    with pytest.raises(AnalysisError, match=r"gradient norm on this batch is 0\.0"):
-        measured(found)
-
-
-def test_infinite_gradient_is_an_error() -> None:
-    found = capture(
-        nn.Linear(4, 4), torch.full((2, 4), torch.inf), lambda output, _: output.square().sum()
-    )
-    with pytest.raises(AnalysisError, match="gradient norm on this batch is"):
-        measured(found)
+@pytest.mark.parametrize(
+    ("batch", "loss", "norm"),
+    [
+        (torch.zeros(2, 4), lambda output, _: (output * 0).sum(), r"0\.0"),
+        (torch.full((2, 4), torch.inf), lambda output, _: output.square().sum(), "(nan|inf)"),
+    ],
+)
+def test_loss_without_a_finite_slope_is_an_error(
+    batch: Tensor, loss: Callable[[Tensor, Any], Tensor], norm: str
+) -> None:
+    with pytest.raises(AnalysisError, match=f"gradient norm on this batch is {norm}"):
+        measured(capture(nn.Linear(4, 4), batch, loss))
 
 
 def test_graph_without_inputs_is_our_bug() -> None:

@@ -111,23 +111,23 @@ def scored(asked: float | str) -> Unit:
     return unit
 
 
-def test_autocast_budget_becomes_the_policys_error() -> None:
+def test_policy_is_scored_and_its_error_told() -> None:
     unit = scored("autocast")
-    assert unit.budget.asked == "autocast"
-    assert unit.budget.limit == unit.problem.error(unit.baseline) > 0
-    assert "torch.autocast" in unit.budget.origin
-    assert f"errs by {unit.budget.limit:.3g}" in unit.journal.entries[-1].message
+    assert unit.baseline == policy("mlp")
+    error = unit.problem.error(unit.baseline)
+    assert 0 < error < 0.1
+    assert unit.journal.entries[-1].step == "score-autocast"
+    assert unit.journal.entries[-1].message.endswith(f"errs by {error:.3g}")
 
 
-def test_budget_of_the_user_stays() -> None:
-    unit = scored(0.125)
-    assert (unit.budget.limit, unit.budget.origin) == (0.125, "set by the user")
-    assert unit.baseline
+@pytest.mark.parametrize("asked", [0.125, "autocast", "auto"])
+def test_budget_is_left_to_the_pass_that_sets_it(asked: float | str) -> None:
+    assert scored(asked).budget == Budget.parse(asked)
 
 
 def test_target_without_bf16_has_a_float32_policy() -> None:
     unit = unit_of(graph("x:f32[32,32] | a = mm x x | return a"), target=machine(fp32=1e12))
-    unit.statistics = Statistics({}, {}, {}, 1.0, 1.0)
+    unit.statistics = Statistics({}, {}, {})
     assert set(autocast_assignment(unit).values()) == {"fp32"}
 
 

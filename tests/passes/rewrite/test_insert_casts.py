@@ -15,7 +15,7 @@ from precision_compiler.graph import (
     uses_past_movement,
     value_of,
 )
-from precision_compiler.passes.lower.round_operands import RoundOperands
+from precision_compiler.passes.lower.emulate_formats import EmulateFormats
 from precision_compiler.passes.rewrite.fold_casts import FoldCasts
 from precision_compiler.passes.rewrite.insert_casts import InsertCasts
 from precision_compiler.sites import rounded_arguments
@@ -175,7 +175,7 @@ def test_rewritten_graph_computes_what_the_assignment_means(
     case: tuple[str, dict[str, str]],
 ) -> None:
     described, assignment = case
-    unit = rewrite(graph(described), assignment, InsertCasts(), FoldCasts(), RoundOperands())
+    unit = rewrite(graph(described), assignment, InsertCasts(), FoldCasts(), EmulateFormats())
     for found, expected in zip(
         run(unit.joint.module), emulated(described, assignment), strict=True
     ):
