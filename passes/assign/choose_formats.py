@@ -105,7 +105,7 @@ class _Program:
         self.costs: list[float] = []
         self.noise: list[float] = []
         self.binary: list[int] = []
-        self.relieving: set[int] = set()  # roundings that lower the effect of others
+        self.relieving: set[int] = set()  # roundings and pairs that others may make up for
         self.rows: list[dict[int, float]] = []
         self.lowest: list[float] = []
         self.highest: list[float] = []
@@ -234,6 +234,7 @@ class _Program:
                 one, other = (self.columns[key] for key in keys)
                 noise = problem.pair_variance(first, second, pair, fmt)
                 both = self._column(("pair", *keys[0], *keys[1]), 0.0, noise, False)
+                self.relieving.add(both)
                 if noise > 0:
                     self._row({both: 1.0, one: -1.0, other: -1.0}, -1.0)
                     continue
