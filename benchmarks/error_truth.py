@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -57,6 +57,7 @@ POOLS = (("bf16",), ("bf16", "fp16"), ("bf16", "e4m3"), NARROW)
 BUDGETS: tuple[float | str, ...] = ("autocast", "auto", 0.02, 0.05, 0.1)
 INVALIDATING = ("overflow", "flush", "underflow", "coherent", "invalid")
 SHARE = 0.5
+STAGES = ("single", "random", "lawless", "fixed_count", "plans", "selection")
 MARKS = {"random": "o", "fixed_count": "s", "lawless": "x", "plans": "*"}
 
 
@@ -303,8 +304,8 @@ def _share(ratios: list[float], most: float) -> float | None:
     return sum(ratio <= most for ratio in ratios) / len(ratios) if ratios else None
 
 
-def examined(name: str, count: int, progress: Progress) -> dict[str, Any]:
-    """Everything about one model."""
+def examined(name: str, count: int, wanted: Sequence[str], progress: Progress) -> dict[str, Any]:
+    """Everything that is wanted about one model."""
     task = progress.add_task(f"{name}: analysis", total=None)
     it, cost = subject(MODELS[name]())
     record: dict[str, Any] = {"cost": cost | memory_of(name), "refused": refused(it)}
@@ -316,6 +317,8 @@ def examined(name: str, count: int, progress: Progress) -> dict[str, Any]:
         "plans": (len(BUDGETS), lambda: plan_rows(it)),
     }
     for stage, (total, rows) in stages.items():
+        if stage not in wanted:
+            continue
         progress.reset(task, total=total, description=f"{name}: {stage}")
         record[stage] = []
         for row in rows():
@@ -323,7 +326,8 @@ def examined(name: str, count: int, progress: Progress) -> dict[str, Any]:
             progress.advance(task)
         if stage != "plans":
             record[f"{stage}_summary"] = summary(record[stage])
-    record["selection"] = selection_rows(it)
+    if "selection" in wanted:
+        record["selection"] = selection_rows(it)
     progress.update(task, description=f"{name}: done", total=1, completed=1)
     return record
 
@@ -405,7 +409,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
             ("lawless", "x"),
             ("plans", "*"),
         ):
-            rows = [row for row in found[stage] if row.get("measured")]
+            rows = [row for row in found.get(stage, ()) if row.get("measured")]
             axes.scatter(
                 [row["predicted"] for row in rows], [row["measured"] for row in rows],
                 marker=mark, s=18, label=stage.replace("_", " "),
@@ -426,6 +430,10 @@ def main() -> None:
     parser.add_argument(
         "--assignments", type=int, default=48, metavar="N",
         help="random assignments per model (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=STAGES,
+        help="what to do with models that the file does not have yet (default: everything)",
     )  # fmt: skip
     parser.add_argument(
         "--only-cost", action="store_true",
@@ -456,11 +464,13 @@ def main() -> None:
                 record["models"][name] |= {"cost": cost | memory_of(name), "refused": refused(it)}
                 progress.update(task, total=1, completed=1)
             elif name not in record["models"]:
-                record["models"][name] = examined(name, options.assignments, progress)
+                record["models"][name] = examined(
+                    name, options.assignments, options.stages, progress
+                )
             write_atomically(options.output, json.dumps(record, indent=1) + "\n")
     draw(record, options.output.with_suffix(".png"))
     for name, found in record["models"].items():
-        print(name, {key: value for key, value in found["random_summary"].items()})
+        print(name, found.get("random_summary", "no whole assignments"))
     print(f"wrote {options.output} and {options.output.with_suffix('.png')}")
 
 
