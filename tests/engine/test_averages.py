@@ -103,3 +103,16 @@ def test_average_pairs_the_same_readers_whatever_order_they_were_found_in(turned
             fmt = FORMATS[name]
             expected = (first.covariance(fmt) + second.covariance(fmt)) / 2
             assert found.covariance(fmt) == pytest.approx(expected)
+
+
+def test_sites_that_another_batch_does_not_have_keep_what_the_first_one_found() -> None:
+    """A batch of few elements stores fewer tensors; what it alone stores is not asked for."""
+    one, other = one_batch(1), one_batch(2)
+    lacking = Statistics({"t": other.stores["s"]}, {}, {}, gradient_norm=2.0)
+    both = averaged([one, lacking])
+    for pick in PLACES:
+        assert pick(both).variance(FORMATS["bf16"]) == pick(one).variance(FORMATS["bf16"])
+    assert set(both.stores) == {"s"}
+    assert [pair.amax for pair in both.correlations] == [pair.amax for pair in one.correlations]
+    assert (both.exact, both.sums, both.batches) == ({}, one.sums, 2)
+    assert both.gradient_norm == pytest.approx(one.gradient_norm / 2 + 1.0)

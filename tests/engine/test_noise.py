@@ -240,15 +240,17 @@ def test_loss_that_fails_on_parts_warns_of_nothing() -> None:
     assert found.deviation is None
 
 
-def test_sum_over_the_samples_is_not_taken_for_a_mean() -> None:
-    """Its parts have half the gradient: either that is noticed, or made up for."""
+@pytest.mark.parametrize("size", [2, 5, 16])
+def test_noise_of_a_sum_over_samples_is_that_of_their_mean_times_their_number(size: int) -> None:
+    """Each part of a sum has half of the gradient."""
 
     def of_sum(part: Tensor) -> list[Tensor]:
         return tensors(part.sum(0).numpy())
 
     for seed in range(8):
-        batch = torch.tensor(samples(np.random.default_rng(seed), 16))
+        batch = torch.tensor(samples(np.random.default_rng(seed), size))
         mean = noise_of_parts(batch, mean_gradient, norm(mean_gradient(batch)))
         found = noise_of_parts(batch, of_sum, norm(of_sum(batch)))
         assert mean.deviation is not None
-        assert found.deviation in (None, pytest.approx(16 * mean.deviation, rel=0.01))
+        assert found.deviation == pytest.approx(size * mean.deviation, rel=0.02)
+        assert found.origin == mean.origin

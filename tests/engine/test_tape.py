@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from math import inf
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from precision_compiler.tape import CHUNKS, Chunk, Tape, Values, saved_bytes
 from tests.helpers import graph, joint_of
 from tests.models import MODELS, captured
 
-AMPLE = 1e12
+AMPLE = inf
 DETERMINISTIC = [name for name in MODELS if name != "dropout"]
 
 Derivatives = dict[tuple[str, fx.Node], Tensor]

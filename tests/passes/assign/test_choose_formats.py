@@ -136,6 +136,7 @@ def small_problem() -> Problem:
         ((1.0, -0.5), 0.51, 2),
         ((1.0, 0.2, -0.9), 0.15, 2),
         ((1.0, 1.0, -1.8), 0.25, 3),  # two that add up and a third that makes up for both
+        ((1.0, 1.0, -0.95, -0.95), 0.12, 4),
         ((1.0, -0.99), 0.11, 2),
         ((1.0, -0.99), 0.09, 0),  # who would trust them to cancel so well?
     ],
