@@ -105,7 +105,7 @@ class _Program:
         self.costs: list[float] = []
         self.noise: list[float] = []
         self.binary: list[int] = []
-        self.relieving: set[int] = set()  # roundings and pairs that others may make up for
+        self.relieved: dict[int, float] = {}  # what others may make up for: times _RELIEF, at most
         self.rows: list[dict[int, float]] = []
         self.lowest: list[float] = []
         self.highest: list[float] = []
@@ -124,8 +124,9 @@ class _Program:
         constraints = [LinearConstraint(self._matrix(), self.lowest, self.highest)]
         # What alone breaks the budget is barred exactly: beside it the tolerance would hide others.
         barred = noise > limit * (1 + 1e-9)
-        relieving = list(self.relieving)  # beside others they may be more than the limit
-        barred[relieving] = noise[relieving] > _RELIEF * limit
+        relieved = list(self.relieved)  # beside others they may be more than the limit
+        most = _RELIEF * limit * np.array(list(self.relieved.values()))
+        barred[relieved] = noise[relieved] > most
         if isfinite(limit) and limit > 0:
             shares = np.where(barred, 0.0, noise) / limit
             constraints.append(LinearConstraint(shares, -np.inf, 1.0 - _TOLERANCE))
@@ -234,7 +235,7 @@ class _Program:
                 one, other = (self.columns[key] for key in keys)
                 noise = problem.pair_variance(first, second, pair, fmt)
                 both = self._column(("pair", *keys[0], *keys[1]), 0.0, noise, False)
-                self.relieving.add(both)
+                self.relieved[both] = 2.0  # two roundings of the same size
                 if noise > 0:
                     self._row({both: 1.0, one: -1.0, other: -1.0}, -1.0)
                     continue
@@ -244,7 +245,7 @@ class _Program:
 
     def _only_where_rounded(self, link: Link, fmt: str, column: int) -> None:
         """A rounding that makes another's effect smaller must be one that takes place."""
-        self.relieving.add(column)
+        self.relieved[column] = 1.0
         own = self.columns["site", link.contraction, fmt]
         self._row({column: -1.0, own: 1.0}, 0.0)
         for stored in self._exact(link, fmt) or ():
