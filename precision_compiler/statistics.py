@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from math import gcd, prod
+from math import gcd, isfinite, prod
 
 import numpy as np
 import torch
@@ -202,7 +202,8 @@ class Observation:
             # Errors that agree grow with the number of elements, others with its root.
             agree = signed > COHERENT**2 * variance
             scale = self.scale**2 if agree else self.scale
-            found[name] = Measured(variance * self.scale, signed * scale)
+            if isfinite(signed + variance):  # an overflow is a flag's business, not a number
+                found[name] = Measured(variance * self.scale, signed * scale)
         return found
 
 
