@@ -26,7 +26,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ from precision_compiler.pipeline import Unit
 from precision_compiler.plan import TRUST_REGION, Budget, write_atomically
 from precision_compiler.problem import Prices, Problem, fixes_result
 from precision_compiler.statistics import Sensitivity
-from precision_compiler.verification import Truth
+from precision_compiler.verification import MOST, Truth
 
 NARROW = ("bf16", "fp16", "e4m3", "e5m2")
 POOLS = (("bf16",), ("bf16", "fp16"), ("bf16", "e4m3"), NARROW)
@@ -83,12 +82,12 @@ class Subject:
         }
         if predicted > TRUST_REGION:
             flags.add("trust-region")
-        measured = found.gradient_error
+        measured, loss_error = found.gradient_error, found.loss_error
         return {
             "predicted": predicted,
-            "measured": measured if isfinite(measured) else None,
+            "measured": measured if measured < MOST else None,
             "flags": sorted(flags),
-            "loss_error": found.loss_error if isfinite(found.loss_error) else None,
+            "loss_error": loss_error if abs(loss_error) < MOST else None,
             "loss_sigma": found.predicted_loss_sigma,
         }
 

@@ -26,8 +26,9 @@ METRICS = ("gradient", "tensor", "loss")
 SAMPLE = 1 << 14
 """Elements of a tensor that are looked at, at the most; larger tensors are sampled evenly.
 
-The mean of 16,384 terms ``h^2 ulp^2`` is good to a few per cent even where a hundredth of the
-elements carries it; reading all elements of all weights would cost more than the differentiation.
+The error that follows is good to about 1 % where all elements carry it, 4 % where a tenth do and
+13 % where a hundredth do (standard deviations over 60 draws of normal numbers); reading all elements
+of all weights would cost more than the differentiation.
 """
 
 COHERENT = 3.0

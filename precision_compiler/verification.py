@@ -19,6 +19,9 @@ ROUNDS = 3
 MISS = 1.5
 """Measured over predicted error from which the prediction has failed."""
 
+MOST = 1e6
+"""What an infinite or undefined error counts as."""
+
 _STEP = "verify-plan"
 _LOSS = METRICS.index("loss")
 
@@ -49,21 +52,26 @@ class Truth:
         loss, found = gradients_of(self.captured, emulated(self.captured, assignment))
         names = self.captured.joint.gradient_names
         tensors = {
-            name: relative_error([one], [exact])
+            name: _finite(relative_error([one], [exact]))
             for name, one, exact in zip(names, found, self.gradients, strict=True)
             if name not in self.zero_gradients and exact.any()
         }
         squares = [error**2 for error in tensors.values()]
         return MeasuredError(
-            gradient_error=relative_error(found, self.gradients),
+            gradient_error=_finite(relative_error(found, self.gradients)),
             predicted_gradient_error=predicted,
             tensor_error=(sum(squares) / len(squares)) ** 0.5 if squares else 0.0,
             tensors=tensors,
             zero_gradients=self.zero_gradients,
             loss=float(self.loss),
-            loss_error=float(loss - self.loss),
+            loss_error=_finite(float(loss - self.loss)),
             predicted_loss_sigma=sigma,
         )
+
+
+def _finite(error: float) -> float:
+    """An error as a number that JSON knows; beyond MOST, or undefined, it is MOST."""
+    return max(-MOST, min(error, MOST)) if error == error else MOST
 
 
 def emulated(captured: Captured, assignment: Mapping[str, str]) -> fx.GraphModule:
@@ -124,13 +132,13 @@ def _corrections(truth: Truth, unit: Unit, found: MeasuredError) -> dict[str, fl
             ratio = _measured(truth, unit, alone).ratio
             if ratio > MISS:
                 unit.journal.note(_STEP, f"{label}: {ratio:.2f} times the predicted error, raised")
-                factors |= dict.fromkeys(sites, ratio**2)
+                factors |= dict.fromkeys(sites, min(ratio, MOST) ** 2)
         if factors:
             return factors
     worst = max(found.ratio, found.gradient_error / unit.budget.limit if unit.budget.limit else 1.0)
     unit.journal.note(_STEP, f"all predictions raised {worst:.2f} times")
     narrow = (site for site, fmt in unit.assignment.items() if fmt != "fp32")
-    return dict.fromkeys(narrow, worst**2)
+    return dict.fromkeys(narrow, min(worst, MOST) ** 2)
 
 
 def _groups(unit: Unit) -> dict[str, list[str]]:
