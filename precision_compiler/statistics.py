@@ -27,8 +27,8 @@ SAMPLE = 1 << 14
 """Elements of a tensor that are looked at, at the most; larger tensors are sampled evenly.
 
 The error that follows is good to about 1 % where all elements carry it, 4 % where a tenth do and
-13 % where a hundredth do (standard deviations over 60 draws of normal numbers); reading all elements
-of all weights would cost more than the differentiation.
+13 % where a hundredth do (standard deviations over 60 draws of normal numbers). Reading all
+elements of all weights would cost more than the differentiation.
 """
 
 COHERENT = 3.0
