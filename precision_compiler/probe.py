@@ -48,6 +48,7 @@ from precision_compiler.tape import Chunk, Values
 _BINADES = 255
 _LONGEST_CONE = 12  # fused operations; what computes more than this does not just move bits
 _LOOKED_UP, _FEW = 256, 4  # elements looked up to tell whether bits were only moved
+_SIGNIFICANDS, _PART = 1 << 23, 1 << 18
 _BELOW_BF16 = 0xFFFF  # the bits of a float32 significand that bf16 does not have
 _SUMS = ("sum", "mean", "var_mean")
 
@@ -383,17 +384,28 @@ def _is_exact(result: torch.Tensor, sources: Sequence[torch.Tensor]) -> bool:
     few elements first, since most tensors fail there; any operation that computes gives new bits.
     """
     row = _significands(sampled(result, _LOOKED_UP))
-    row = torch.unique(row[row.bitwise_and(_BELOW_BF16) != 0])
-    known = [_significands(source.detach().reshape(-1)) for source in sources]
-    for bits in row[:: len(row) // _FEW or 1][:_FEW]:
-        if not any(bool((source == bits).any()) for source in known):
+    row = row[row.bitwise_and(_BELOW_BF16) != 0]
+    if not len(row):
+        return True
+    for bits in row[:: -(-len(row) // _FEW)]:
+        if not any(bool((part == bits).any()) for source in sources for part in _parts(source)):
             return False
-    found = torch.cat([source[torch.isin(source, row)] for source in known])
-    return bool(torch.isin(row, found).all())
+    sought = torch.zeros(_SIGNIFICANDS, dtype=torch.bool, device=row.device)
+    sought[row] = True
+    for source in sources:
+        for part in _parts(source):
+            sought[part] = False
+    return not bool(sought[row].any())
+
+
+def _parts(source: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The significands of a tensor, some at a time: whole copies of it would be slow to make."""
+    for part in source.detach().reshape(-1).split(_PART):
+        yield _significands(part)
 
 
 def _significands(row: torch.Tensor) -> torch.Tensor:
-    return row.view(torch.int32).bitwise_and(0x7FFFFF)
+    return row.view(torch.int32).bitwise_and(_SIGNIFICANDS - 1)
 
 
 def _range_of(value: torch.Tensor) -> _Range:

@@ -13,11 +13,12 @@ from precision_compiler.graph import aten, reached_from, value_of
 
 Execute = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 
-# The strides of recomputed or substituted tensors can differ from the traced ones.
-_TOLERANT: dict[Any, Any] = {aten.view.default: aten.reshape.default}
-
-# Primitives that autograd has no formula for, and the operation that does the same.
-_DIFFERENTIABLE: dict[Any, Any] = {torch.ops.prims.rev.default: aten.flip.default}
+_INSTEAD: dict[Any, Any] = {
+    # The strides of recomputed or substituted tensors can differ from the traced ones.
+    aten.view.default: aten.reshape.default,
+    # A primitive that autograd has no formula for.
+    torch.ops.prims.rev.default: aten.flip.default,
+}
 
 
 def execute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -26,8 +27,7 @@ def execute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         return operator.attrgetter(str(node.target))(node.graph.owning_module)
     if node.target is aten.copy_.default:
         return args[1]
-    target = (_TOLERANT | _DIFFERENTIABLE).get(node.target, node.target)
-    return target(*args, **kwargs)
+    return _INSTEAD.get(node.target, node.target)(*args, **kwargs)
 
 
 def is_step(node: fx.Node) -> bool:

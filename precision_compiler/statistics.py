@@ -31,14 +31,14 @@ The error that follows is good to about 1 % where all elements carry it, 4 % whe
 elements of all weights would cost more than the differentiation.
 """
 
+GLANCE = 1 << 12
+"""The same for tensors that only their range is asked of."""
+
 COHERENT = 3.0
 """Ratio of signed to independent error from which errors are taken to add up.
 
 Independent errors reach it once in 370 times.
 """
-
-GLANCE = 1 << 12
-"""The same for tensors that only their range is asked of."""
 
 
 @dataclass(frozen=True)

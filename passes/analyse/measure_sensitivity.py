@@ -14,6 +14,7 @@ from precision_compiler.accumulation import Accumulator
 from precision_compiler.capture import Captured
 from precision_compiler.errors import AnalysisError, InternalError
 from precision_compiler.formats import FORMATS
+from precision_compiler.heap import freed_memory_kept
 from precision_compiler.joint import JointGraph
 from precision_compiler.links import find_links
 from precision_compiler.noise import GradientSums, Noise, batch_noise, noise_of_parts
@@ -81,13 +82,16 @@ class MeasureSensitivity:
             for name, rate in unit.target.formats.items()
             if rate.accumulate != "fp32"
         }
-        found, sums = [], GradientSums()
+        found: list[Statistics] = []
+        sums = GradientSums()
         for index, captured in enumerate((unit.captured, *unit.calibration)):
             same = captured.joint.module is unit.captured.joint.module
             links = unit.links if same else find_links(captured.joint)
             probe = Probe(captured.joint.module.graph, links, formats, accumulators)
             tape = Tape(captured, probe, memory, self.seed + index)
-            statistics, gradients = self._probed(tape, probe, self.seed + index)
+            noise = [tensor.noise for tensor in found[0].tensors] if found else None
+            with freed_memory_kept():
+                statistics, gradients = self._probed(tape, probe, self.seed + index, noise)
             found.append(statistics)
             if unit.calibration and unit.budget.needs_noise:
                 sums.add(gradients)
@@ -96,11 +100,13 @@ class MeasureSensitivity:
         unit.statistics = _with_noise(mean, sums, unit.captured) if wanted else mean
         return False
 
-    def _probed(self, tape: Tape, probe: Probe, seed: int) -> tuple[Statistics, list[torch.Tensor]]:
-        """One batch: statistics and gradients."""
+    def _probed(
+        self, tape: Tape, probe: Probe, seed: int, noise: list[float] | None
+    ) -> tuple[Statistics, list[torch.Tensor]]:
+        """One batch: statistics and gradients; float32's noise in them, once it is known."""
         with torch.random.fork_rng():
             loss, gradients = tape.record()
-            tensors = _tensors(tape, gradients)
+            tensors = _tensors(tape, gradients, noise)
             norm = sum(tensor.norm**2 for tensor in tensors) ** 0.5
             if not (isfinite(norm) and norm > 0):
                 raise AnalysisError(
@@ -153,21 +159,31 @@ def _tensor_weights(tensors: Sequence[TensorGradient]) -> list[float]:
     ]
 
 
-def _tensors(tape: Tape, gradients: Sequence[torch.Tensor]) -> tuple[TensorGradient, ...]:
+def _tensors(
+    tape: Tape, gradients: Sequence[torch.Tensor], noise: list[float] | None
+) -> tuple[TensorGradient, ...]:
     """The parameters' gradients, and how far float32 decides those that are suspiciously small.
 
     One more run, with every parameter moved by one unit in its last place: a gradient that is
-    nothing but rounding noise moves as far as it is long.
+    nothing but rounding noise moves as far as it is long. Once per model: further batches take
+    over what was found.
     """
     norms = list(map(_norm, gradients))
     sizes = [gradient.numel() for gradient in gradients]
-    typical = (sum(norm**2 for norm in norms) / sum(sizes)) ** 0.5
-    small = [n <= _SUSPICIOUS * typical * size**0.5 for n, size in zip(norms, sizes, strict=True)]
-    noise = [0.0] * len(norms)
-    if any(small):
-        _, moved = gradients_of(tape.captured, inputs=_jittered(tape.captured.joint))
-        noise = [_norm(a - b) for a, b in zip(gradients, moved, strict=True)]
+    if noise is None:
+        noise = _float32_noise(tape, gradients, norms, sizes)
     return tuple(map(TensorGradient, tape.captured.joint.gradient_names, norms, noise, sizes))
+
+
+def _float32_noise(
+    tape: Tape, gradients: Sequence[torch.Tensor], norms: list[float], sizes: list[int]
+) -> list[float]:
+    typical = (sum(norm**2 for norm in norms) / sum(sizes)) ** 0.5
+    pairs = zip(norms, sizes, strict=True)
+    if not any(norm <= _SUSPICIOUS * typical * size**0.5 for norm, size in pairs):
+        return [0.0] * len(norms)
+    _, moved = gradients_of(tape.captured, inputs=_jittered(tape.captured.joint))
+    return [_norm(a - b) for a, b in zip(gradients, moved, strict=True)]
 
 
 def _norm(gradient: torch.Tensor) -> float:

@@ -1,0 +1,50 @@
+"""Freed memory is at hand again inside, and returned after."""
+
+import platform
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from precision_compiler.heap import freed_memory_kept
+
+ELEMENTS = 16 << 20  # 64 MiB, more than glibc ever keeps by itself
+GLIBC = platform.libc_ver()[0] == "glibc"
+
+
+def page_faults() -> int:
+    """Page faults of making a large tensor after another one of its size was freed."""
+    torch.zeros(ELEMENTS)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(ELEMENTS)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+@pytest.mark.skipif(not GLIBC, reason="other C libraries are left alone")
+def test_large_tensors_reuse_memory_only_inside() -> None:
+    outside = page_faults()
+    with freed_memory_kept():
+        inside = page_faults()
+    assert inside < outside / 10
+    assert page_faults() > outside / 2
+
+
+@pytest.mark.skipif(not GLIBC, reason="other C libraries are left alone")
+def test_what_was_kept_goes_back_to_the_system() -> None:
+    before = resident_bytes()
+    with freed_memory_kept():
+        made = torch.zeros(4 * ELEMENTS)
+        del made
+        assert resident_bytes() > before + 3 * 4 * ELEMENTS
+    assert resident_bytes() < before + 4 * ELEMENTS
+
+
+def test_an_error_inside_comes_out() -> None:
+    with pytest.raises(ZeroDivisionError), freed_memory_kept():
+        1 / 0  # noqa: B018
