@@ -400,7 +400,7 @@ def _is_exact(result: torch.Tensor, sources: Sequence[torch.Tensor]) -> bool:
 
 def _parts(source: torch.Tensor) -> Iterator[torch.Tensor]:
     """The significands of a tensor, some at a time: whole copies of it would be slow to make."""
-    for part in source.detach().reshape(-1).split(_PART):
+    for part in torch.split(source.detach().reshape(-1), _PART):
         yield _significands(part)
 
 
