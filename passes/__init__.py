@@ -19,8 +19,7 @@ from precision_compiler.passes.rewrite.insert_casts import InsertCasts
 from precision_compiler.passes.rewrite.sink_casts import SinkCasts
 from precision_compiler.pipeline import Pass
 
-DECIDE: tuple[Pass, ...] = (
-    MeasureSensitivity(),
+JUDGE: tuple[Pass, ...] = (
     RaiseFlags(),
     PriceContractions(),
     PriceTraffic(),
@@ -28,6 +27,9 @@ DECIDE: tuple[Pass, ...] = (
     SetBudget(),
     ChooseFormats(),
 )
+"""From statistics to an assignment."""
+
+DECIDE: tuple[Pass, ...] = (MeasureSensitivity(), *JUDGE)
 """From a captured graph to an assignment."""
 
 CHOOSE: tuple[Pass, ...] = (ChooseFormats(),)
@@ -46,4 +48,4 @@ EMULATE: tuple[Pass, ...] = (EmulateFormats(everything=True),)
 
 DEFAULT: tuple[Pass, ...] = DECIDE + REWRITE
 
-__all__ = ["CHOOSE", "DECIDE", "DEFAULT", "EMULATE", "REWRITE"]
+__all__ = ["CHOOSE", "DECIDE", "DEFAULT", "EMULATE", "JUDGE", "REWRITE"]

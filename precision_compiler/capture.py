@@ -18,8 +18,9 @@ from precision_compiler.calling import (
     plain_operations,
     unbroken_by_logging,
 )
-from precision_compiler.errors import CaptureError
+from precision_compiler.errors import AnalysisError, CaptureError
 from precision_compiler.joint import JointGraph, trace_joint
+from precision_compiler.paper import has_no_weights, on_paper
 
 Forward = Callable[[], Sequence[Any]]
 
@@ -62,10 +63,14 @@ class Captured:
 def capture(model: nn.Module, batch: Any, loss: Loss | None = None) -> Captured:
     """Capture the training graph of a model on a batch; the model is left as it was.
 
+    Of a model with weights on the meta device, only the graph is captured.
+
     Raises:
         CaptureError: the model fails on the batch, breaks into several graphs, or there is no
             scalar loss.
     """
+    if has_no_weights(model):
+        return _captured_on_paper(model, batch, loss)
     recorder = _Recorder(model)
     origin = "loss(output, batch)" if loss is not None else "the model's own loss"
 
@@ -88,6 +93,17 @@ def capture(model: nn.Module, batch: Any, loss: Loss | None = None) -> Captured:
         return Captured(joint, objective, origin, on, other, gradients)
 
     return on(batch)
+
+
+def _captured_on_paper(model: nn.Module, batch: Any, loss: Loss | None) -> Captured:
+    """The graph alone: nothing can be run."""
+
+    def objective(_forward: Forward) -> torch.Tensor:
+        raise AnalysisError("a model on the meta device has no values: nothing can be measured")
+
+    twin, pretended = on_paper(model, batch)
+    origin = "loss(output, batch)" if loss is not None else "the model's own loss"
+    return Captured(_Recorder(twin).trace(pretended), objective, origin, None, pretended)
 
 
 def capture_inference(model: nn.Module, batch: Any) -> JointGraph:

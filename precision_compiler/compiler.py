@@ -10,7 +10,9 @@ from precision_compiler.capture import Captured, capture
 from precision_compiler.errors import PlanMismatch
 from precision_compiler.joint import JointGraph
 from precision_compiler.journal import Journal
-from precision_compiler.passes import DECIDE, REWRITE
+from precision_compiler.passes import JUDGE, REWRITE
+from precision_compiler.passes.analyse.borrow_statistics import BorrowStatistics
+from precision_compiler.passes.analyse.measure_sensitivity import MeasureSensitivity
 from precision_compiler.pipeline import Pass, Pipeline, Progress, Unit, silent
 from precision_compiler.plan import Budget, MeasuredError, Plan
 from precision_compiler.record import plan_of_unit
@@ -30,9 +32,13 @@ def make_plan(
     held_out: Any = None,
     learning_rate: float | None = None,
     memory: float | None = None,
+    sibling: Plan | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Decide the formats of a model's training graph without compiling it.
+
+    A model on the meta device, which has no weights, is planned from its graph: time and solver
+    in full, errors taken from a smaller sibling's plan or from the formats alone.
 
     Args:
         model: the module, in the mode it trains in; left as it was.
@@ -48,6 +54,8 @@ def make_plan(
         learning_rate: of the training, to tell what narrow weights would lose.
         memory: bytes the analysis may take beside the values of the graph; half of what is free
             if not given.
+        sibling: plan of a smaller model of the same kind, to take the errors from instead of
+            measuring them.
         progress: called with a short sentence before each step.
 
     Raises:
@@ -67,6 +75,7 @@ def make_plan(
         held_out=None if held_out is None else captured.on(held_out),
         learning_rate=learning_rate,
         memory=memory,
+        sibling=sibling,
         progress=say,
     )
 
@@ -114,6 +123,7 @@ def plan_for(
     held_out: Captured | None = None,
     learning_rate: float | None = None,
     memory: float | None = None,
+    sibling: Plan | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Decide the formats of a captured graph, verify them, and rewrite a copy to see the result."""
@@ -121,9 +131,12 @@ def plan_for(
         captured.joint.copy(), target, budget, Journal(), captured, calibration,
         learning_rate=learning_rate, memory=memory,
     )  # fmt: skip
-    Pipeline(DECIDE).run(unit, progress)
+    runs = captured.joint.has_values
+    borrows = sibling is not None or not runs
+    analyse = BorrowStatistics(sibling) if borrows else MeasureSensitivity()
+    Pipeline((analyse, *JUDGE)).run(unit, progress)
     batch, is_new = (captured, False) if held_out is None else (held_out, True)
-    verification = verify_plan(unit, batch, is_new, progress)
+    verification = verify_plan(unit, batch, is_new, progress) if runs else None
     Pipeline(REWRITE, given=frozenset({"assignment"})).run(unit, progress)
     return plan_of_unit(unit, captured.origin, verification)
 

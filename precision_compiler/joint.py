@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses import FakeTensor
 
 from precision_compiler.errors import CaptureError
 from precision_compiler.graph import copied
@@ -74,6 +75,11 @@ class JointGraph:
         if self._sites is None:
             self._sites = find_sites(self.module.graph, self.parameters, self.saved)
         return self._sites
+
+    @property
+    def has_values(self) -> bool:
+        """Whether the graph can be run: not if its inputs have sizes alone."""
+        return not any(isinstance(value, FakeTensor) for value in self.inputs)
 
     @property
     def gradient_names(self) -> list[str]:
