@@ -11,6 +11,7 @@ from precision_compiler.passes.analyse.raise_flags import RaiseFlags
 from precision_compiler.passes.assign.choose_formats import ChooseFormats
 from precision_compiler.passes.assign.score_autocast import ScoreAutocast
 from precision_compiler.passes.assign.set_budget import SetBudget
+from precision_compiler.passes.cost.find_kernels import FindKernels
 from precision_compiler.passes.cost.price_contractions import PriceContractions
 from precision_compiler.passes.cost.price_traffic import PriceTraffic
 from precision_compiler.passes.lower.emulate_formats import EmulateFormats
@@ -21,6 +22,7 @@ from precision_compiler.pipeline import Pass
 
 JUDGE: tuple[Pass, ...] = (
     RaiseFlags(),
+    FindKernels(),
     PriceContractions(),
     PriceTraffic(),
     ScoreAutocast(),

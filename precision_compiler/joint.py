@@ -21,6 +21,21 @@ from precision_compiler.sites import Site, find_sites
 from precision_compiler.sizes import size_hint
 
 
+@dataclass(frozen=True)
+class Part:
+    """The forward or the backward pass by itself, as Inductor compiles it.
+
+    Attributes:
+        module: its graph; nodes keep the joint graph's names.
+        inputs: fake values of its placeholders.
+        backward: which of the two it is.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[Any, ...]
+    backward: bool
+
+
 @dataclass
 class JointGraph:
     """One graph as Inductor's joint hook sees it, with the values of its inputs.
@@ -33,6 +48,7 @@ class JointGraph:
         saved: names of the nodes that Inductor's partitioner keeps for the backward pass.
         outputs: number of results of the forward pass.
         inference: whether there is no backward pass.
+        parts: the graphs that Inductor's partitioner makes of it.
     """
 
     module: fx.GraphModule
@@ -42,6 +58,7 @@ class JointGraph:
     outputs: int
     saved: frozenset[str] = frozenset()
     inference: bool = False
+    parts: tuple[Part, ...] = ()
     _sites: tuple[Site, ...] | None = field(default=None, repr=False)
 
     @staticmethod
@@ -94,14 +111,14 @@ class JointGraph:
         inputs = [size_hint(v) if isinstance(v, torch.SymInt) else v for v in values]
         return JointGraph(
             self.module, inputs, self.names, self.parameters, self.outputs,
-            self.saved, self.inference, self.sites,
+            self.saved, self.inference, self.parts, self.sites,
         )  # fmt: skip
 
     def copy(self) -> "JointGraph":
         """The same with a graph of its own, to be rewritten."""
         return JointGraph(
             copied(self.module), self.inputs, self.names, self.parameters, self.outputs,
-            self.saved, self.inference, self._sites,
+            self.saved, self.inference, self.parts, self._sites,
         )  # fmt: skip
 
 
@@ -130,20 +147,25 @@ def trace_joint(module: fx.GraphModule, inputs: Sequence[Any]) -> JointGraph:
     names = input_names(module)
     seen: list[fx.GraphModule] = []
     saved: list[str] = []
+    parts: list[Part] = []
 
     def keep(joint: fx.GraphModule) -> None:
         seen.append(copied(joint))
 
-    def stub(forward: fx.GraphModule, _inputs: Sequence[Any], **_options: Any) -> Any:
-        saved.extend(node.name for node in forward.graph.output_node().all_input_nodes)
-        return _Boxed(forward)
+    def stub(part: fx.GraphModule, given: Sequence[Any], **options: Any) -> Any:
+        backward = bool(options.get("is_backward"))
+        if not backward:
+            saved.extend(node.name for node in part.graph.output_node().all_input_nodes)
+        parts.append(Part(copied(part), tuple(given), backward))
+        return _Boxed(part)
 
     patches = {"joint_custom_pre_pass": _Hook(keep), "fx_graph_cache": False}
-    with torch._functorch.config.patch(enable_autograd_cache=False):
+    now = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
+    with torch._functorch.config.patch(now):
         compile_fx(copied(module), list(inputs), inner_compile=stub, config_patches=patches)
     joint = JointGraph.of(seen[0], names, [isinstance(value, nn.Parameter) for value in inputs])
     joint.inputs = [size_hint(v) if isinstance(v, torch.SymInt) else v for v in inputs]
-    joint.saved = frozenset(saved)
+    joint.saved, joint.parts = frozenset(saved), tuple(parts)
     return joint
 
 

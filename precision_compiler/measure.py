@@ -8,11 +8,13 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from math import log2
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from precision_compiler.formats import FORMATS
@@ -22,11 +24,45 @@ from precision_compiler.sizes import size_hint
 CACHE = Path.home() / ".cache" / "precision_compiler"
 _FORMATS = ("fp32", "bf16", "fp16")
 _SIDE = 256  # of the square matmul that rates a format; slow formats stay affordable
-_STREAM_BYTES = 1 << 27  # beyond every cache
+_STREAM_BYTES = tuple(1 << power for power in range(14, 28))  # from inside to beyond every cache
 _FEWEST_TURNS = 10
 _MOST_TURNS = 40
 _ENOUGH = 0.1  # seconds spent on one case that ran often enough
 _LONGEST = 0.5  # seconds spent on one case at the most
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Seconds that tensors of different sizes take to cross memory inside an operation.
+
+    Small ones stay in caches; large new ones are handed over page by page by the system.
+
+    Attributes:
+        sizes: bytes, rising.
+        read: seconds to read a tensor of each size.
+        write: seconds to write a new one.
+    """
+
+    sizes: tuple[float, ...]
+    read: tuple[float, ...]
+    write: tuple[float, ...]
+
+    def read_seconds(self, size: float) -> float:
+        """Time to read a tensor of ``size`` bytes."""
+        return size * float(np.interp(log2(max(size, 1.0)), *self._rates(self.read)))
+
+    def write_seconds(self, size: float) -> float:
+        """Time to write a new tensor of ``size`` bytes."""
+        return size * float(np.interp(log2(max(size, 1.0)), *self._rates(self.write)))
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s of the largest tensors, read and written."""
+        return 2 * self.sizes[-1] / (self.read[-1] + self.write[-1])
+
+    def _rates(self, seconds: Sequence[float]) -> tuple[list[float], list[float]]:
+        per_byte = [time / size for time, size in zip(seconds, self.sizes, strict=True)]
+        return [log2(size) for size in self.sizes], per_byte
 
 
 @dataclass(frozen=True)
@@ -37,7 +73,7 @@ class Machine:
         description: its name.
         threads: torch threads the figures hold for.
         matmul_flops: FLOP/s of a square matmul by format.
-        bandwidth: bytes/s of a large copy, reads and writes together.
+        traffic: what reading and writing tensors costs, by size.
         launch_seconds: time of an operation on one element.
         path: file that keeps the times.
     """
@@ -45,7 +81,7 @@ class Machine:
     description: str
     threads: int
     matmul_flops: Mapping[str, float]
-    bandwidth: float
+    traffic: "Traffic"
     launch_seconds: float
     path: Path
     cases: dict[str, float] = field(default_factory=dict, repr=False)
@@ -93,7 +129,7 @@ def measured_machine(folder: Path = CACHE) -> Machine:
         description=identity["cpu"],
         threads=torch.get_num_threads(),
         matmul_flops=_matmul_flops(),
-        bandwidth=_bandwidth(),
+        traffic=_traffic(),
         launch_seconds=alternate({"one": partial(torch.add, torch.ones(1), 1.0)})["one"],
         path=path,
     )
@@ -123,10 +159,16 @@ def _matmul_flops() -> dict[str, float]:
     return {name: 2 * _SIDE**3 / seconds for name, seconds in alternate(runs).items()}
 
 
-def _bandwidth() -> float:
-    source = torch.ones(_STREAM_BYTES // 4)
-    copy = torch.empty_like(source)
-    return 2 * _STREAM_BYTES / alternate({"copy": partial(copy.copy_, source)})["copy"]
+def _traffic() -> Traffic:
+    """From sums, which read; and from negations, which read and write memory they ask for anew."""
+    reads: list[float] = []
+    writes: list[float] = []
+    for size in _STREAM_BYTES:
+        source = torch.ones(size // 4)
+        found = alternate({"read": source.sum, "both": source.neg})
+        reads.append(found["read"])
+        writes.append(max(found["both"] - found["read"], found["both"] / 4))
+    return Traffic(tuple(map(float, _STREAM_BYTES)), tuple(reads), tuple(writes))
 
 
 def _store(machine: Machine) -> None:
@@ -134,7 +176,7 @@ def _store(machine: Machine) -> None:
     record = {
         "identity": _identity(),
         "matmul_flops": dict(machine.matmul_flops),
-        "bandwidth": machine.bandwidth,
+        "traffic": asdict(machine.traffic),
         "launch_seconds": machine.launch_seconds,
         "cases": machine.cases,
     }
@@ -154,7 +196,7 @@ def _load(path: Path, identity: Mapping[str, str]) -> Machine | None:
             identity["cpu"],
             int(identity["threads"]),
             {str(key): float(value) for key, value in record["matmul_flops"].items()},
-            float(record["bandwidth"]),
+            Traffic(**{key: tuple(map(float, row)) for key, row in record["traffic"].items()}),
             float(record["launch_seconds"]),
             path,
             {str(key): float(value) for key, value in record["cases"].items()},

@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 from precision_compiler.capture import Captured
 from precision_compiler.errors import InternalError, OrderError, PrecisionError
 from precision_compiler.flags import Flag
+from precision_compiler.fusion import Kernel
 from precision_compiler.joint import JointGraph
 from precision_compiler.journal import Journal, JournalEntry
 from precision_compiler.links import Links, find_links
@@ -50,7 +51,8 @@ class Unit:
         flags: what may go wrong.
         vetoes: why a (site or node, format) is ruled out.
         raised: factors on predicted variances that verification asked for, by site.
-        contraction_prices, store_prices, cast_prices: seconds, as in ``Prices``.
+        kernels: what the graph compiles to.
+        contraction_prices, store_prices, cast_prices, fixed_seconds: as in ``Prices``.
         baseline: torch.autocast's policy as an assignment.
         solution: the chosen assignment and its proof.
         assignment: format by site name; what the rewriting stage carries out.
@@ -68,6 +70,8 @@ class Unit:
     flags: list[Flag] = field(default_factory=list)
     vetoes: dict[tuple[str, str], str] = field(default_factory=dict)
     raised: dict[str, float] = field(default_factory=dict)
+    kernels: tuple[Kernel, ...] = ()
+    fixed_seconds: float = 0.0
     contraction_prices: Table = field(default_factory=dict)
     store_prices: Table = field(default_factory=dict)
     cast_prices: Table = field(default_factory=dict)
@@ -98,7 +102,9 @@ class Unit:
             )
             for site in self.joint.sites
         }
-        prices = Prices(self.contraction_prices, self.store_prices, self.cast_prices)
+        prices = Prices(
+            self.contraction_prices, self.store_prices, self.cast_prices, self.fixed_seconds
+        )
         return Problem(self.links, options, prices, self.statistics, dict(self.raised))
 
     def raise_sites(self, factors: Mapping[str, float]) -> None:

@@ -55,11 +55,13 @@ class Prices:
         contractions: per contraction site and format.
         stores: per storage site and format: writing it and the reads of fused kernels.
         casts: per source node and format: one copy of the tensor in that format.
+        fixed: everything that formats do not change.
     """
 
     contractions: Table
     stores: Table
     casts: Table
+    fixed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Problem:
 
     def seconds(self, assignment: Mapping[str, str]) -> float:
         """Predicted time of an assignment: sites and the casts between them."""
-        total = sum(
+        total = self.prices.fixed + sum(
             self.prices.contractions[name][assignment[name]] for name in self.links.contractions
         )
         total += sum(self.prices.stores[name][assignment[name]] for name in self.links.stores)

@@ -121,6 +121,16 @@ class Target:
         """Time to move ``size`` bytes to or from memory inside a running kernel."""
         return size / (self.bandwidth * self.bandwidth_fraction)
 
+    def read_seconds(self, size: float) -> float:
+        """Time to read a tensor of ``size`` bytes inside a running kernel."""
+        machine = self.machine
+        return self.stream_seconds(size) if machine is None else machine.traffic.read_seconds(size)
+
+    def write_seconds(self, size: float) -> float:
+        """Time to write a tensor of ``size`` bytes inside a running kernel."""
+        machine = self.machine
+        return self.stream_seconds(size) if machine is None else machine.traffic.write_seconds(size)
+
     def contraction_seconds(self, flops: float, size: float, name: str) -> float:
         """Roofline of one contraction: the slower of arithmetic and traffic, plus its launch.
 
@@ -157,7 +167,7 @@ def _this_machine(name: str) -> Target:
         name="cpu",
         description=machine.description,
         device="cpu",
-        bandwidth=machine.bandwidth,
+        bandwidth=machine.traffic.bandwidth,
         bandwidth_fraction=1.0,
         launch_seconds=machine.launch_seconds,
         formats=rates,

@@ -86,7 +86,7 @@ def solve(problem: Problem, budget: float, gap: float = 1e-3, seconds: float = 6
     broken = next(problem.violations(assignment), None)
     if broken:
         raise InternalError(f"the solver returned an illegal assignment: {broken}")
-    bound = min(bound, exact)
+    bound = min(bound + problem.prices.fixed, exact)
     return Solution(
         assignment,
         exact,

@@ -1,0 +1,233 @@
+"""Predicted against measured time of a training step on this machine, for random plans.
+
+Three decoders and encoders, each with plans drawn at random from the formats this machine runs.
+Every plan is compiled; then all of a model's plans run in turn, so that slow phases of the
+machine hit all alike. Predictions rest on the fastest times of single operations, so the fastest
+step is what they are compared with; the median is written too. Writes JSON after every model
+(finished ones are not run again) and a figure.
+Run: python benchmarks/step_time.py -o step_time.json
+"""
+
+import argparse
+import dataclasses
+import datetime
+import gc
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from llama import Llama, Shape
+from matplotlib.figure import Figure
+from rich.progress import Progress
+from scipy.stats import spearmanr
+from torch import nn
+
+import precision_compiler
+from precision_compiler.capture import capture
+from precision_compiler.demo.model import GPT
+from precision_compiler.journal import Journal
+from precision_compiler.measure import measured_machine
+from precision_compiler.passes import DECIDE
+from precision_compiler.pipeline import Pipeline, Unit
+from precision_compiler.plan import Budget, Plan, write_atomically
+from precision_compiler.problem import Problem, fixes_result
+from precision_compiler.record import plan_of_unit
+from precision_compiler.target import Target
+
+POOLS = (("bf16",), ("bf16",), ("fp16",), ("bf16", "fp16"))
+WITHIN = 0.15
+Case = tuple[nn.Module, Any]
+
+
+def gpt() -> Case:
+    torch.manual_seed(0)
+    model = GPT(layers=3, width=384, heads=6, length=128)
+    tokens = torch.randint(90, (8, 129))
+    return model, (tokens[:, :-1], tokens[:, 1:])
+
+
+def llama() -> Case:
+    torch.manual_seed(0)
+    model = Llama(Shape(3, 512, 1408, 8, 4, 4096), 128)
+    return model, torch.randint(4096, (4, 129))
+
+
+class Encoder(nn.Module):
+    """A bidirectional encoder of torch's own layers that classifies sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8192, 256)
+        layer = nn.TransformerEncoderLayer(256, 4, 1024, 0.0, "gelu", batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.head = nn.Linear(256, 16)
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        found = self.head(self.layers(self.embed(tokens)).mean(1))
+        return nn.functional.cross_entropy(found, labels)
+
+
+def encoder() -> Case:
+    torch.manual_seed(0)
+    return Encoder(), (torch.randint(8192, (16, 128)), torch.randint(16, (16,)))
+
+
+MODELS: dict[str, Callable[[], Case]] = {"gpt": gpt, "llama": llama, "encoder": encoder}
+
+
+def drawn(problem: Problem, dice: random.Random) -> dict[str, str]:
+    """A random legal assignment; results of contractions have the format these return."""
+    pool, density, links = dice.choice(POOLS), dice.uniform(0.1, 1.0), problem.links
+    formats = {
+        name: dice.choice(pool) if dice.random() < density else "fp32"
+        for name in links.contractions
+    }
+    for store in links.stores:
+        writer = links.writer.get(store)
+        returned = formats[writer] if writer is not None else "fp32"
+        narrow = dice.choice(pool) if dice.random() < density else "fp32"
+        formats[store] = returned if fixes_result(returned) and returned != "fp32" else narrow
+    return formats
+
+
+def with_formats(plan: Plan, formats: Mapping[str, str]) -> Plan:
+    """The plan with another assignment; what it says of times and errors is no longer true."""
+    sites = {
+        name: dataclasses.replace(choice, format=formats[name])
+        for name, choice in plan.sites.items()
+    }
+    return dataclasses.replace(plan, sites=sites)
+
+
+def decided(model: nn.Module, batch: Any) -> Unit:
+    """Everything the compiler knows of a model on this machine."""
+    captured = capture(model, batch)
+    unit = Unit(captured.joint.copy(), Target.load("auto"), Budget.parse(0.02), Journal(), captured)
+    Pipeline(DECIDE).run(unit)
+    return unit
+
+
+def step(model: nn.Module, batch: Any) -> float:
+    """Seconds of one forward and backward pass."""
+    arguments = batch if isinstance(batch, tuple) else (batch,)
+    start = time.perf_counter()
+    model(*arguments).backward()
+    elapsed = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    return elapsed
+
+
+def examined(name: str, count: int, turns: int, progress: Progress) -> dict[str, Any]:
+    """Predicted and measured step times of one model's plans."""
+    model, batch = MODELS[name]()
+    task = progress.add_task(f"{name}: analysis", total=count + 2)
+    unit = decided(model, batch)
+    base, dice = plan_of_unit(unit, "the model's own loss"), random.Random(0)
+    chosen = {"fp32": unit.problem.uniform(), "solver": unit.assignment}
+    chosen |= {f"random {index}": drawn(unit.problem, dice) for index in range(count)}
+    compiled: dict[str, nn.Module] = {}
+    for label, formats in chosen.items():
+        progress.update(task, description=f"{name}: compiling {label}", advance=1)
+        twin, _ = MODELS[name]()
+        compiled[label] = precision_compiler.compile(twin, plan=with_formats(base, formats))
+        step(twin, batch)
+    seconds: dict[str, list[float]] = {label: [] for label in compiled}
+    progress.update(task, description=f"{name}: measuring", total=turns, completed=0)
+    for _ in range(turns):
+        for label, twin in compiled.items():
+            seconds[label].append(step(twin, batch))
+        progress.advance(task)
+    del compiled
+    gc.collect()
+    rows = [
+        {
+            "plan": label,
+            "predicted": unit.problem.seconds(chosen[label]),
+            "fastest": min(times),
+            "median": statistics.median(times),
+        }
+        for label, times in seconds.items()
+    ]
+    return {"fixed_seconds": unit.fixed_seconds, "kernels": len(unit.kernels), "rows": rows}
+
+
+def summary(models: Mapping[str, Any]) -> dict[str, Any]:
+    """Share of the plans within 15 % and rank correlation, over all models and for each."""
+    every = [row for found in models.values() for row in found["rows"]]
+    return {
+        "plans": len(every),
+        "within_15_percent": _share(every),
+        "spearman": _spearman(every),
+        "by_model": {
+            name: {
+                "within_15_percent": _share(found["rows"]),
+                "spearman": _spearman(found["rows"]),
+                "median_predicted_over_measured": statistics.median(
+                    row["predicted"] / row["fastest"] for row in found["rows"]
+                ),
+            }
+            for name, found in models.items()
+        },
+    }
+
+
+def _share(rows: list[dict[str, Any]]) -> float:
+    return sum(abs(row["predicted"] / row["fastest"] - 1) <= WITHIN for row in rows) / len(rows)
+
+
+def _spearman(rows: list[dict[str, Any]]) -> float:
+    return float(spearmanr(*zip(*((r["predicted"], r["fastest"]) for r in rows), strict=True))[0])
+
+
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """Predicted against measured step time of every plan."""
+    figure = Figure(figsize=(5, 5), layout="tight")
+    axes = figure.subplots()
+    for name, found in record["models"].items():
+        pairs = [(1e3 * row["fastest"], 1e3 * row["predicted"]) for row in found["rows"]]
+        axes.scatter(*zip(*pairs, strict=True), s=14, label=name)
+    edges = [*axes.get_xlim(), *axes.get_ylim()]
+    line = [min(edges), max(edges)]
+    axes.plot(line, line, color="gray", linewidth=0.8)
+    axes.fill_between(
+        line, [x * (1 - WITHIN) for x in line], [x * (1 + WITHIN) for x in line],
+        color="gray", alpha=0.15,
+    )  # fmt: skip
+    axes.set(xlabel="fastest measured step, ms", ylabel="predicted, ms")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("step_time.json"))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--plans", type=int, default=10, help="random plans per model")
+    parser.add_argument("--turns", type=int, default=20, help="steps per plan")
+    options = parser.parse_args()
+    record: dict[str, Any] = {"models": {}}
+    if options.output.exists():
+        record = json.loads(options.output.read_text())
+    with Progress() as progress:
+        for name in options.models:
+            if name in record["models"]:
+                continue
+            record["models"][name] = examined(name, options.plans, options.turns, progress)
+            machine = measured_machine()
+            record["machine"] = f"{machine.description}, {machine.threads} threads"
+            record["torch"], record["date"] = torch.__version__, str(datetime.date.today())
+            record["summary"] = summary(record["models"])
+            write_atomically(options.output, json.dumps(record, indent=1))
+            draw(record, options.output.with_suffix(".png"))
+    print(json.dumps(record["summary"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""See FindKernels."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from precision_compiler.fusion import Kernel, kernels_of
+from precision_compiler.graph import contraction_depths, contraction_rule, is_movement, root_of
+from precision_compiler.pipeline import Numerics, Unit
+
+
+@dataclass(frozen=True)
+class FindKernels:
+    """Find out which kernels the graph compiles to, and which tensors they read and write.
+
+    1. On this machine Inductor is asked: its lowering and scheduler run on the forward and the
+       backward pass, without generating code.
+    2. For other targets, one kernel is expected for the fused operations of each direction at
+       each contraction depth. It writes what a later kernel or contraction reads, and reads what
+       earlier ones wrote; what the partitioner does not save for the backward pass is computed
+       again there from what it saves.
+    """
+
+    name: ClassVar[str] = "find-kernels"
+    reads: ClassVar[frozenset[str]] = frozenset()
+    makes: ClassVar[frozenset[str]] = frozenset({"kernels"})
+    spoils: ClassVar[frozenset[str]] = frozenset()
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+
+    def run(self, unit: Unit) -> bool:
+        """Fill ``unit.kernels``."""
+        joint = unit.joint
+        if unit.target.machine is not None and joint.parts:
+            parts = (kernels_of(part, inference=joint.inference) for part in joint.parts)
+            unit.kernels = tuple(kernel for part in parts for kernel in part)
+        else:
+            unit.kernels = tuple(expected_kernels(joint.module.graph, joint.saved))
+        generated = sum(kernel.generated for kernel in unit.kernels)
+        how = "Inductor's scheduler" if unit.target.machine is not None else "contraction depths"
+        unit.journal.note(self.name, f"{generated} fused kernels, by {how}")
+        return False
+
+
+def expected_kernels(graph: fx.Graph, saved: frozenset[str]) -> Iterator[Kernel]:
+    """The fused kernels of a graph by rule 2, in the order of their depth."""
+    depths = contraction_depths(graph)
+    groups: dict[tuple[bool, int], list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if is_fused(node):
+            groups[_is_backward(node), depths[node]].append(node)
+    for (backward, _), nodes in groups.items():
+        group = set(nodes)
+        read: dict[str, None] = {}
+        for node in nodes:
+            for source in node.all_input_nodes:
+                read.update(dict.fromkeys(_in_memory(root_of(source), group, backward, saved)))
+        written = (node.name for node in nodes if _outlives(node, group, backward, saved))
+        names = tuple(node.name for node in nodes)
+        yield Kernel(names, tuple(read), tuple(written), True, backward)
+
+
+def is_fused(node: fx.Node) -> bool:
+    """Whether Inductor generates the kernel that computes a node, so that a cast joins it."""
+    if node.op != "call_function" or contraction_rule(node) is not None or is_movement(node):
+        return False
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags or torch.Tag.reduction in tags
+
+
+def _is_backward(node: fx.Node) -> bool:
+    return node.meta.get("partitioner_tag") == "is_backward"
+
+
+def _in_memory(
+    source: fx.Node, group: set[fx.Node], backward: bool, saved: frozenset[str]
+) -> Iterator[str]:
+    """The tensors in memory that a kernel reads for ``source``."""
+    if source in group:
+        return
+    recomputed = backward and not _is_backward(source) and source.name not in saved
+    if recomputed and is_fused(source):
+        for parent in source.all_input_nodes:
+            yield from _in_memory(root_of(parent), group, backward, saved)
+    else:
+        yield source.name
+
+
+def _outlives(node: fx.Node, group: set[fx.Node], backward: bool, saved: frozenset[str]) -> bool:
+    """Whether a kernel must write a node's tensor."""
+    if node.name in saved:
+        return True
+    waiting = list(node.users)
+    for user in waiting:
+        if is_movement(user):
+            waiting.extend(user.users)
+        elif user not in group and _is_backward(user) == backward:
+            return True
+    return False
