@@ -56,9 +56,8 @@ class DelayedScaling(nn.Module):
         self.history.copy_(self.history.roll(1))
         self.history[0] = amax
         largest = self.history.amax()
-        scale = (self.fmt.max_finite / largest / 2.0**self.margin).clamp(
-            max=FORMATS["fp32"].max_finite
-        )
+        scale = torch.div(largest.new_tensor(self.fmt.max_finite), largest) / 2.0**self.margin
+        scale = scale.clamp(max=FORMATS["fp32"].max_finite)
         known = (largest > 0) & largest.isfinite()
         self.scale.copy_(torch.where(known, scale, self.scale))
 

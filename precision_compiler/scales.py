@@ -47,9 +47,9 @@ def scales_of(amax: torch.Tensor, fmt: Format, scaling: Scaling) -> Scales:
     if scaling.scale == "e4m3":
         return _two_level_scales(amax, fmt)
     if scaling.scale == "fp32":
-        encode = (fmt.max_finite / amax).clamp(max=_LARGEST)
+        encode = _over(fmt.max_finite, amax).clamp(max=_LARGEST)
         encode = torch.where((amax > 0) & amax.isfinite(), encode, one)
-        return Scales(encode, 1.0 / encode, one)
+        return Scales(encode, _over(1.0, encode), one)
     exponent = _biased_exponent(amax, fmt, scaling.rounding == "up")
     if scaling.scale == "power_of_two":
         exponent = torch.where((amax > 0) & amax.isfinite(), exponent.clamp(min=1), _BIAS)
@@ -90,9 +90,14 @@ def _two_level_scales(amax: torch.Tensor, fmt: Format) -> Scales:
     """
     narrow = FORMATS["e4m3"]
     whole = amax.amax()
-    encode = (narrow.max_finite * fmt.max_finite / whole).clamp(max=_LARGEST)
+    encode = _over(narrow.max_finite * fmt.max_finite, whole).clamp(max=_LARGEST)
     encode = torch.where((whole == 0) | whole.isinf(), 1.0, encode)
-    tensor = 1.0 / encode
-    sixth = torch.tensor(1.0, device=amax.device) / fmt.max_finite
+    tensor = _over(1.0, encode)
+    sixth = _over(1.0, amax.new_tensor(fmt.max_finite))
     block = round_to(amax * (encode * sixth), narrow, saturate=True)
-    return Scales((1.0 / (block * tensor)).clamp(max=_LARGEST), block, tensor)
+    return Scales(_over(1.0, block * tensor).clamp(max=_LARGEST), block, tensor)
+
+
+def _over(number: float, x: torch.Tensor) -> torch.Tensor:
+    """``number / x`` rounded once; torch's own operator multiplies by a rounded reciprocal."""
+    return torch.div(x.new_tensor(number), x)
