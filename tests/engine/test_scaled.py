@@ -135,6 +135,16 @@ def test_nvfp4_blocks_are_those_of_the_reference() -> None:
             np.testing.assert_array_equal(found.elements[row, columns].numpy(), elements)
 
 
+def test_nvfp4_scales_divide_as_float32_does() -> None:
+    generator = torch.Generator().manual_seed(12)
+    sizes = torch.rand(500, generator=generator) * torch.exp2(torch.arange(500) % 100 - 50.0)
+    for amax in sizes:
+        found = quantise(amax.reshape(1, 1), E2M1, NVFP4)
+        elements, scale, tensor = reference_nvfp4(amax.reshape(1).numpy(), np.float32(amax))
+        assert (found.tensor_scale.item(), found.scales.item()) == (tensor, scale)
+        assert found.elements.item() == elements[0]
+
+
 def test_nvfp4_square_blocks_are_those_of_the_reference() -> None:
     x = torch.randn(48, 64, generator=torch.Generator().manual_seed(4))
     found = quantise(x, E2M1, NVFP4_2D)
