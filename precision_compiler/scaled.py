@@ -61,13 +61,14 @@ class _Cut:
             x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
         return x
 
-    def join(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Undo ``split``."""
+    def join(self, blocks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Undo ``split``, with the strides that an operation on ``like`` would give."""
         for axis in self.axes:
             blocks = blocks.flatten(axis, axis + 1)
             if blocks.shape[axis] != self.shape[axis]:
                 blocks = blocks.narrow(axis, 0, self.shape[axis])
-        return blocks
+        wanted = torch.empty_like(like, device="meta").stride()
+        return blocks if blocks.stride() == wanted else torch.empty_like(like).copy_(blocks)
 
 
 def quantise(
@@ -100,11 +101,11 @@ def quantise(
         return Quantised(x.clone(), one, one, fmt, scaling, axis)
     blocks = cut.split(x)
     scales = _scales(blocks, fmt, scaling, cut)
-    elements = cut.join(_elements(blocks, scales, fmt, rounding, generator))
+    elements = cut.join(_elements(blocks, scales, fmt, rounding, generator), x)
     shared = scales.block
     for dimension in reversed(cut.inside):
         shared = shared.squeeze(dimension)
-    return Quantised(elements.contiguous(), shared, scales.tensor, fmt, scaling, axis)
+    return Quantised(elements, shared, scales.tensor, fmt, scaling, axis)
 
 
 def dequantise(stored: Quantised) -> torch.Tensor:
@@ -115,7 +116,7 @@ def dequantise(stored: Quantised) -> torch.Tensor:
     scales = stored.scales * stored.tensor_scale
     for dimension in cut.inside:
         scales = scales.unsqueeze(dimension)
-    return cut.join(cut.split(stored.elements) * scales).contiguous()
+    return cut.join(cut.split(stored.elements) * scales, stored.elements)
 
 
 def rounded(
@@ -134,7 +135,7 @@ def rounded(
     blocks = cut.split(x)
     scales = _scales(blocks, fmt, scaling, cut)
     made = _elements(blocks, scales, fmt, rounding, generator).mul_(scales.decode)
-    return cut.join(made).contiguous()
+    return cut.join(made, x)
 
 
 def _cut_of(x: torch.Tensor, scaling: Scaling, axis: int) -> _Cut:

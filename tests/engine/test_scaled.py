@@ -141,7 +141,8 @@ def test_nvfp4_scales_divide_as_float32_does() -> None:
     for amax in sizes:
         found = quantise(amax.reshape(1, 1), E2M1, NVFP4)
         elements, scale, tensor = reference_nvfp4(amax.reshape(1).numpy(), np.float32(amax))
-        assert (found.tensor_scale.item(), found.scales.item()) == (tensor, scale)
+        assert found.tensor_scale.item() == tensor
+        assert found.scales.item() == scale
         assert found.elements.item() == elements[0]
 
 
@@ -334,6 +335,16 @@ def test_empty_tensors_and_single_numbers() -> None:
     for scaling in (TENSOR, SCALINGS["none"], SCALINGS["tensor_fp32"]):
         single = torch.tensor(3.0)
         assert rounded(single, E4M3, scaling).shape == ()
+
+
+@pytest.mark.parametrize("scaling", ANY)
+def test_results_are_laid_out_as_those_of_any_operation(scaling: str) -> None:
+    x = torch.randn(40, 130, 6, generator=torch.Generator().manual_seed(13))
+    for given in (x, x.transpose(0, 2), x.transpose(1, 2), x[:, ::2], x.expand(2, 40, 130, 6)):
+        for axis in (-1, -2):
+            found = rounded(given, E4M3, SCALINGS[scaling], axis)
+            assert found.stride() == torch.empty_like(given).stride()
+            assert torch.equal(found, rounded(given.contiguous(), E4M3, SCALINGS[scaling], axis))
 
 
 def test_the_given_tensor_is_left_alone() -> None:
