@@ -19,6 +19,15 @@ _WHICH = {
 }
 
 
+def updated(page: str) -> str:
+    """The page with the table after each ``<!-- name table -->`` line written anew."""
+    tables = {"element": element_table, "scaling": scaling_table, "scaled": scaled_table}
+    for name, table in tables.items():
+        before, mark, after = page.partition(f"<!-- {name} table -->\n")
+        page = before + mark + table() + after[after.index("\n\n") :]
+    return page
+
+
 def element_table() -> str:
     """One row of Markdown per element format: storage, range, special numbers, noise."""
     head = ("format", "bits", "p", "largest", "smallest normal", "smallest", "inf", "NaN", "-0")

@@ -1,4 +1,4 @@
-"""MX and NVFP4 against torchao, where it is installed: codes and scales bit for bit.
+"""MX and NVFP4 against torchao, where it is installed (`pip install --no-deps torchao`): codes and scales bit for bit.
 
 torchao's MX code differs on purpose or by oversight in blocks whose scale is 2^-127, the smallest:
 it divides by 2^-126 (floor) or by 1 (up) there, so only zero blocks of that kind are compared. Its
@@ -7,6 +7,8 @@ last place: it takes ``(1 / tensor scale) / block scale``. With float32 data its
 the border between two MX scales by the last place; with bfloat16 data it cannot.
 """
 
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +18,6 @@ from precision_compiler.codes import decode
 from precision_compiler.formats import FORMATS
 from precision_compiler.scaled import dequantise, quantise
 from precision_compiler.scaling import MX, MX_FLOOR, NVFP4
-
-mx_tensor: Any = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
-config: Any = pytest.importorskip("torchao.prototype.mx_formats.config")
-kernels: Any = pytest.importorskip("torchao.prototype.mx_formats.kernels")
-nvfp4_tensor: Any = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
 
 ELEMENTS: dict[str, torch.dtype | str] = {
     "e4m3": torch.float8_e4m3fn,
@@ -32,6 +29,15 @@ ELEMENTS: dict[str, torch.dtype | str] = {
 SCALINGS = {"FLOOR": MX_FLOOR, "RCEIL": MX}
 
 
+@pytest.fixture(scope="module")
+def torchao() -> Any:
+    """Modules of torchao, imported no earlier than needed: it registers things with torch."""
+    pytest.importorskip("torchao")
+    folder = "torchao.prototype.mx_formats"
+    names = ("mx_tensor", "config", "kernels", "nvfp4_tensor")
+    return SimpleNamespace(**{name: import_module(f"{folder}.{name}") for name in names})
+
+
 def numbers(columns: int, seed: int) -> torch.Tensor:
     """Gaussian rows, of sizes from 2^-60 to 2^60, the first of them zero, as bfloat16 holds."""
     generator = torch.Generator().manual_seed(seed)
@@ -41,39 +47,41 @@ def numbers(columns: int, seed: int) -> torch.Tensor:
     return x.bfloat16().float()
 
 
-def elements_of(stored: torch.Tensor, name: str, shape: torch.Size) -> torch.Tensor:
+def elements_of(torchao: Any, stored: torch.Tensor, name: str, shape: torch.Size) -> torch.Tensor:
     """What torchao stores, as float32."""
     if name in ("e4m3", "e5m2"):
         return stored.float()
-    codes = kernels.unpack_uint4(stored) if name == "e2m1" else stored
+    codes = torchao.kernels.unpack_uint4(stored) if name == "e2m1" else stored
     return decode(codes.int(), FORMATS[name]).reshape(shape)
 
 
 @pytest.mark.parametrize("name", ELEMENTS)
 @pytest.mark.parametrize("mode", SCALINGS)
-def test_mx_agrees_bit_for_bit(name: str, mode: str) -> None:
+def test_mx_agrees_bit_for_bit(torchao: Any, name: str, mode: str) -> None:
     x = numbers(256, 1)
-    how = config.ScaleCalculationMode[mode]
-    scales, stored = mx_tensor.to_mx(x, ELEMENTS[name], 32, how)
+    how = torchao.config.ScaleCalculationMode[mode]
+    scales, stored = torchao.mx_tensor.to_mx(x, ELEMENTS[name], 32, how)
     found = quantise(x, FORMATS[name], SCALINGS[mode])
     assert torch.equal(found.scales, scales.float())
-    elements = elements_of(stored, name, x.shape)
+    elements = elements_of(torchao, stored, name, x.shape)
     assert torch.equal(found.elements.view(torch.int32), elements.view(torch.int32))
-    read = mx_tensor.to_dtype(stored, scales, ELEMENTS[name], 32, torch.float32)
+    read = torchao.mx_tensor.to_dtype(stored, scales, ELEMENTS[name], 32, torch.float32)
     assert torch.equal(dequantise(found), read)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_nvfp4_differs_in_nothing_but_ties_broken_by_the_last_place(bf16: bool) -> None:
+def test_nvfp4_differs_in_nothing_but_ties_broken_by_the_last_place(
+    torchao: Any, bf16: bool
+) -> None:
     x = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(2))
     x = x.bfloat16().float() if bf16 else x
-    tensor = nvfp4_tensor.per_tensor_amax_to_scale(x.abs().amax())
-    scales, stored = nvfp4_tensor.nvfp4_quantize(x, 16, tensor)
+    tensor = torchao.nvfp4_tensor.per_tensor_amax_to_scale(x.abs().amax())
+    scales, stored = torchao.nvfp4_tensor.nvfp4_quantize(x, 16, tensor)
     found = quantise(x, FORMATS["e2m1"], NVFP4)
     assert abs(found.tensor_scale / tensor - 1) <= 2.0**-23
     assert found.scales.min() >= 2.0**-6
     assert torch.equal(found.scales, scales.float())
-    differs = found.elements != elements_of(stored, "e2m1", x.shape)
+    differs = found.elements != elements_of(torchao, stored, "e2m1", x.shape)
     assert differs.sum() < 0.001 * x.numel()  # what follows is about few numbers
     whole = found.scales.repeat_interleave(16, -1).double() * found.tensor_scale.double()
     units = (x.double() / whole).abs()[differs]
