@@ -1,4 +1,6 @@
-"""MX and NVFP4 against torchao, where it is installed (`pip install --no-deps torchao`): codes and scales bit for bit.
+"""MX and NVFP4 against torchao: elements and scales bit for bit.
+
+torchao is optional here. Install it with `pip install --no-deps`, so that torch stays as it is.
 
 torchao's MX code differs on purpose or by oversight in blocks whose scale is 2^-127, the smallest:
 it divides by 2^-126 (floor) or by 1 (up) there, so only zero blocks of that kind are compared. Its
