@@ -165,7 +165,7 @@ def test_scales_round_as_ml_dtypes_rounds_them() -> None:
     differs = (values > 2.0**-127) & (values < 1.5 * 2.0**-127)
     found = round_to(values, E8M0)
     assert differs.sum() > 100
-    assert found[differs].unique().tolist() == [2.0**-127]
+    assert set(found[differs].tolist()) == {2.0**-127}
     assert np.unique(expected[differs.numpy()]).tolist() == [2.0**-126]
     same_bits(found[~differs], torch.from_numpy(expected)[~differs])
 
