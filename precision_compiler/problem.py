@@ -22,7 +22,7 @@ Table = Mapping[str, Mapping[str, float]]
 
 def entry_format(name: str) -> str:
     """The storage format a contraction reads: tf32 is what the hardware makes of fp32 bits."""
-    return "fp32" if FORMATS[name].dtype is None else name
+    return "fp32" if FORMATS[name].bits == FORMATS["fp32"].bits else name
 
 
 def fixes_result(name: str) -> bool:

@@ -12,6 +12,7 @@ from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.statistics import Sensitivity, Statistics, update_loss
 
 _INTO_NORMAL_RANGE = 256  # binades that lift every float32 number above any format's smallest
+_ALWAYS = ("fp32", "tf32", "bf16", "fp16", "e4m3", "e5m2")  # checked even if no target has them
 _WEIGHTS = FORMATS["bf16"]  # what weights would be kept in if not in float32
 
 
@@ -64,7 +65,8 @@ class RaiseFlags:
                 unit.flags += self._of_site(site.name, tensors, FORMATS[name])
         for name, seen in unit.statistics.ranges.items():
             for fmt in FORMATS.values():
-                unit.flags += self._of_range(name, seen, fmt)
+                if fmt.name in _ALWAYS or fmt.name in unit.target.formats:
+                    unit.flags += self._of_range(name, seen, fmt)
         unit.flags += [*_of_sums(unit.statistics), *_of_gradients(unit.statistics)]
         unit.flags += _of_accumulation(unit)
         unit.flags += _of_updates(unit)

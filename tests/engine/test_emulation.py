@@ -52,6 +52,11 @@ GRIDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "fp16": cast(np.float16),
     "e4m3": cast(ml_dtypes.float8_e4m3fn),
     "e5m2": cast(ml_dtypes.float8_e5m2),
+    "e4m3fnuz": cast(ml_dtypes.float8_e4m3fnuz),
+    "e5m2fnuz": cast(ml_dtypes.float8_e5m2fnuz),
+    "e2m3": cast(ml_dtypes.float6_e2m3fn),
+    "e3m2": cast(ml_dtypes.float6_e3m2fn),
+    "e2m1": cast(ml_dtypes.float4_e2m1fn),
 }
 """Rounding as other people wrote it."""
 
@@ -114,7 +119,7 @@ def test_zeros_and_empty_tensors(name: str) -> None:
 @pytest.mark.parametrize("name", NARROW)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_nan_or_infinity_does_not_spoil_the_rest(name: str, bad: float) -> None:
-    values = torch.tensor([1.0, bad, -0.5, 0.25])
+    values = torch.tensor([1.0, bad, -0.5, 2.0])
     found = quantise(values, name)
     assert torch.equal(found[[0, 2, 3]], values[[0, 2, 3]])
     if bad != bad:
@@ -166,7 +171,7 @@ def near(one: Tensor, other: Tensor, within: float = 3e-6) -> bool:
     return float((one.double() - other).norm()) <= within * float(other.norm())
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "e2m1"])  # which has ties
 @pytest.mark.parametrize("case", CASES)
 def test_attention_is_its_formula_in_float64_with_what_is_inside_rounded(
     case: str, name: str

@@ -6,8 +6,10 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from precision_compiler.codes import decode
 from precision_compiler.errors import FormatError
 from precision_compiler.formats import (
+    E8M0,
     FORMATS,
     Format,
     format_named,
@@ -17,22 +19,24 @@ from precision_compiler.formats import (
     ulp,
 )
 
-NARROW = ("tf32", "bf16", "fp16", "e4m3", "e5m2")
-STORED = ("bf16", "fp16", "e4m3", "e5m2")
 ML_DTYPES: dict[str, type] = {
     "bf16": ml_dtypes.bfloat16,
     "fp16": np.float16,
     "e4m3": ml_dtypes.float8_e4m3fn,
     "e5m2": ml_dtypes.float8_e5m2,
+    "e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+    "e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+    "e2m3": ml_dtypes.float6_e2m3fn,
+    "e3m2": ml_dtypes.float6_e3m2fn,
+    "e2m1": ml_dtypes.float4_e2m1fn,
 }
+STORED = tuple(ML_DTYPES)
+NARROW = ("tf32", *STORED)
 
 
 def numbers_of(fmt: Format) -> torch.Tensor:
-    """Every code of a stored format of 8 or 16 bits, as float32."""
-    codes = torch.arange(2**fmt.bits, dtype=torch.int32)
-    integer = torch.uint8 if fmt.bits == 8 else torch.int16
-    assert fmt.dtype is not None
-    return codes.to(integer).view(fmt.dtype).float()
+    """Every code of a stored format of up to 16 bits, as float32."""
+    return decode(torch.arange(2**fmt.bits), fmt)
 
 
 def finite_grid(fmt: Format) -> torch.Tensor:
@@ -78,6 +82,8 @@ def test_every_code_is_a_fixed_point(name: str) -> None:
 def test_table_agrees_with_the_codes(name: str) -> None:
     fmt, grid = FORMATS[name], finite_grid(FORMATS[name])
     positive = grid[grid > 0]
+    assert bool(numbers_of(fmt).isnan().any()) == fmt.has_nan
+    assert bool((numbers_of(fmt).signbit() & (numbers_of(fmt) == 0)).any()) == fmt.has_negative_zero
     assert positive.max().item() == fmt.max_finite
     assert positive.min().item() == fmt.smallest_subnormal
     assert bool(numbers_of(fmt).isinf().any()) == fmt.has_infinity
@@ -118,7 +124,63 @@ def test_a_million_floats_round_as_ml_dtypes_rounds_them(name: str) -> None:
     expected = torch.from_numpy(cast)
     if not fmt.has_infinity:
         assert not expected.isinf().any()
+    if not fmt.has_nan:  # ml_dtypes makes a zero of it, this package keeps it in sight
+        expected[values.isnan()] = torch.nan
     same_bits(round_to(values, fmt), expected)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_million_floats_saturate_as_ml_dtypes_rounds_clamped_ones(name: str) -> None:
+    fmt = FORMATS[name]
+    values = torch.cat([floats_of_every_exponent(600_000, 8), floats_around(fmt, 400_000, 9)])
+    clamped = np.clip(values.numpy(), -fmt.max_finite, fmt.max_finite)
+    with np.errstate(invalid="ignore"):
+        expected = torch.from_numpy(clamped.astype(ML_DTYPES[name]).astype(np.float32))
+    expected[values.isnan()] = torch.nan
+    same_bits(round_to(values, fmt, saturate=True), expected)
+
+
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("source", ["bf16", "fp16"])
+def test_every_16_bit_number_rounds_as_ml_dtypes_rounds_it(name: str, source: str) -> None:
+    fmt, values = FORMATS[name], numbers_of(FORMATS[source])
+    assert len(values) == 65_536
+    for saturate in (False, True):
+        given = values.clamp(-fmt.max_finite, fmt.max_finite) if saturate else values
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = given.numpy().astype(ML_DTYPES[name]).astype(np.float32)
+        expected[values.isnan().numpy()] = np.nan
+        same_bits(round_to(values, fmt, saturate=saturate), torch.from_numpy(expected))
+
+
+def test_scales_round_as_ml_dtypes_rounds_them() -> None:
+    values = torch.cat(
+        [floats_of_every_exponent(500_000, 10), floats_around(E8M0, 499_000, 11)]
+        + [numbers_of(FORMATS[name]) for name in ("bf16", "fp16")]
+    )
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = values.numpy().astype(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    # In this half of the lowest binade, whose float32 numbers are subnormal, ml_dtypes (and torch)
+    # take the farther neighbour.
+    differs = (values > 2.0**-127) & (values < 1.5 * 2.0**-127)
+    found = round_to(values, E8M0)
+    assert differs.sum() > 100
+    assert set(found[differs].tolist()) == {2.0**-127}
+    assert np.unique(expected[differs.numpy()]).tolist() == [2.0**-126]
+    same_bits(found[~differs], torch.from_numpy(expected)[~differs])
+
+
+def test_scales_know_no_zero_no_sign_and_no_infinity() -> None:
+    largest, smallest = 2.0**127, 2.0**-127
+    values = torch.tensor([0.0, -0.0, -1.0, torch.nan, -torch.inf, torch.inf, 3.0, 2.999, 5.9])
+    found = round_to(values, E8M0)
+    assert found.isnan().tolist() == [True] * 6 + [False] * 3
+    assert found[6:].tolist() == [4.0, 2.0, 4.0]
+    huge = torch.tensor([torch.inf, 1.5 * largest, 1.4999 * largest], dtype=torch.float64)
+    assert round_to(huge, E8M0).isnan().tolist() == [True, True, False]
+    assert round_to(huge, E8M0, saturate=True).tolist() == [largest] * 3
+    tiny = torch.tensor([2.0**-149, 2.0**-128, smallest, 1.4 * smallest, 1.5 * smallest])
+    assert round_to(tiny, E8M0).tolist() == [smallest] * 4 + [2 * smallest]
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
@@ -148,7 +210,7 @@ def test_float32_is_left_alone() -> None:
 def test_doubles_far_outside_the_range_overflow_or_vanish(name: str) -> None:
     fmt = FORMATS[name]
     huge = torch.tensor([1e300, -1e300], dtype=torch.float64)
-    beyond = torch.inf if fmt.has_infinity else torch.nan
+    beyond = beyond_the_last(fmt)
     expected = torch.tensor([beyond, -beyond], dtype=torch.float64)
     assert torch.equal(round_to(huge, fmt).nan_to_num(7.0), expected.nan_to_num(7.0))
     limits = torch.tensor([fmt.max_finite, -fmt.max_finite], dtype=torch.float64)
@@ -156,7 +218,14 @@ def test_doubles_far_outside_the_range_overflow_or_vanish(name: str) -> None:
     tiny = torch.tensor([1e-300, -1e-300], dtype=torch.float64)
     found = round_to(tiny, fmt)
     assert torch.equal(found, torch.zeros(2, dtype=torch.float64))
-    assert found.signbit().tolist() == [False, True]
+    assert found.signbit().tolist() == [False, fmt.has_negative_zero]
+
+
+def beyond_the_last(fmt: Format) -> float:
+    """What a positive number becomes that rounds beyond the largest finite one."""
+    if fmt.has_infinity:
+        return torch.inf
+    return torch.nan if fmt.has_nan else fmt.max_finite
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -168,7 +237,8 @@ def test_zero_keeps_its_sign_and_nan_stays(name: str, dtype: torch.dtype) -> Non
         assert found.dtype == dtype
         assert found.isnan().tolist() == [False, False, True, False, False]
         assert found[[0, 1, 3, 4]].tolist() == [0.0] * 4
-        assert found[[0, 1]].signbit().tolist() == [False, True]
+        signs = FORMATS[name].has_negative_zero
+        assert found[[0, 1, 3, 4]].signbit().tolist() == [False, signs, signs, False]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -180,7 +250,7 @@ def test_beyond_the_range(name: str) -> None:
     values = torch.tensor([inside, outside, torch.inf], dtype=torch.float64)
     values = torch.cat([values, -values])
     found = round_to(values, fmt)
-    beyond = torch.inf if fmt.has_infinity else torch.nan
+    beyond = beyond_the_last(fmt)
     for sign, part in ((1, found[:3]), (-1, found[3:])):
         assert part[0].item() == sign * last
         for value in part[1:].tolist():
