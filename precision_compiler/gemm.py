@@ -35,10 +35,13 @@ steps; from each row; from each block of elements along k."""
 _TILES = ((256, 256), (256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
 _FULL_TILE = 128 * 256 / (128 + 256)
 """Multiply-adds per loaded element, along k, of the tile that keeps a unit busy."""
+_INSIDE = 1.12
+"""Rate of a busy unit over that of the best published whole product, which pays for its last wave,
+its kernel and its falling clock too; fitted to the published maxima (benchmarks/data/gemm_mamf)."""
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _SHORTEST_SPLIT = 512
 """Elements of k below which kernels do not split it."""
-_POWER_WINDOW = 0.5e-3
+_POWER_WINDOW = 0.7e-3
 """Seconds in which a power controller settles; fitted to the published B300 forward products."""
 _CACHE_SHARE = 0.5
 """Share of the last-level cache that one operand's panel can keep while the rest streams by."""
@@ -95,16 +98,17 @@ def product_seconds(
     width = GEMM_BYTES[name]
     if target.units is None:
         return target.roofline_seconds(*_totals(sizes, width), rate)
-    per_unit = rate.flops / target.units * (rate.block_fraction if scaling == "block" else 1.0)
+    per_unit = _INSIDE * rate.flops / target.units * (rate.block_fraction if scaling == "block" else 1.0)
+    operands = target.stream_seconds(_operand_bytes(target, sizes, width, rate))
     best = inf
     for tile in _TILES:
-        operands = target.stream_seconds(_operand_bytes(target, sizes, width, rate))
         for split in _SPLITS:
             if split > 1 and sizes.k < split * _SHORTEST_SPLIT:
                 break
-            arithmetic = _throttled(_wave_seconds(target.units, sizes, tile, split, per_unit), target)
-            result = sizes.batch * sizes.m * sizes.n * (_result_width(width) + 8 * (split - 1))
-            best = min(best, max(arithmetic, operands) + target.stream_seconds(result))
+            waves, wave = _waves(target.units, sizes, tile, split, per_unit)
+            arithmetic = _throttled(waves * wave, target)
+            result = target.stream_seconds(_result_bytes(sizes, width, split))
+            best = min(best, max(arithmetic, operands + result) + result / waves)
     return best + target.kernel_seconds
 
 
@@ -129,18 +133,17 @@ def quantise_seconds(
         size += passes.copy_bytes
         kernels += passes.copy_kernels
     stream = elements * size / (target.bandwidth * target.cast_fraction)
-    return stream + kernels * target.kernel_seconds
+    return stream + kernels * target.issue_seconds
 
 
-def _wave_seconds(
+def _waves(
     units: int, sizes: Product, tile: tuple[int, int], split: int, flops: float
-) -> float:
-    """Seconds that the busiest unit computes, at ``flops`` FLOP/s for a full tile."""
+) -> tuple[int, float]:
+    """Waves of tiles, and seconds of one, at ``flops`` FLOP/s of a unit on a full tile."""
     rows, columns = tile
     count = ceil(sizes.m / rows) * ceil(sizes.n / columns) * split * sizes.batch
-    waves = ceil(count / units)
-    busy = min(1.0, rows * columns / (rows + columns) / _FULL_TILE)
-    return waves * 2 * rows * columns * ceil(sizes.k / split) / (flops * busy)
+    busy = min(1.0, rows * columns / (rows + columns) / _FULL_TILE) ** 0.5
+    return ceil(count / units), 2 * rows * columns * ceil(sizes.k / split) / (flops * busy)
 
 
 def _throttled(seconds: float, target: "Target") -> float:
@@ -156,6 +159,12 @@ def _operand_bytes(target: "Target", sizes: Product, width: float, rate: "Format
     narrow, wide = min(left, right), max(left, right)
     passes = max(1, ceil(narrow / (_CACHE_SHARE * target.cache))) if target.cache else 1
     return sizes.batch * (narrow + wide * passes)
+
+
+def _result_bytes(sizes: Product, width: float, split: int) -> float:
+    """Bytes of the result, and of float32 partial sums written and read where k is split."""
+    partial = 8 * split if split > 1 else 0
+    return sizes.batch * sizes.m * sizes.n * (_result_width(width) + partial)
 
 
 def _totals(sizes: Product, width: float) -> tuple[float, float]:

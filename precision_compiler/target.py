@@ -58,7 +58,7 @@ class FormatRate:
     block: int = 0
     scale_bytes: float = 0.0
     tensor_scale: bool = False
-    tensor_scale_kernels: int = 2
+    tensor_scale_kernels: int = 3
     layouts: Literal["any", "tn"] = "any"
     block_fraction: float = 1.0
 
@@ -126,6 +126,8 @@ class Target:
         cast_fraction: largest fraction of the bandwidth that quantising kernels reach.
         ramp_seconds: from a kernel's start until all units are busy, and from the first idle
             unit to its end.
+        issue_seconds: from the issue of one kernel of a quantisation to that of the next, which
+            waits for its result: most of them are tiny, so this is what they cost.
         sustained_fraction: rate of long matmuls under the power limit, relative to the largest.
         quantise: passes of quantising, by scaling.
         machine: measurements on the machine at hand, None for a target known from its data only.
@@ -148,7 +150,8 @@ class Target:
     memory: float = 0.0
     compute_capability: str = ""
     cast_fraction: float = 0.75
-    ramp_seconds: float = 2e-6
+    ramp_seconds: float = 1.5e-6
+    issue_seconds: float = 10.8e-6
     sustained_fraction: float = 0.85
     quantise: Mapping[str, Quantisation] = field(default_factory=dict)
     machine: Machine | None = field(default=None, repr=False)
@@ -159,7 +162,7 @@ class Target:
         rates += [self.sustained_fraction, 1 if self.units is None else self.units]
         rates += [number for row in rows.values() for number in (row.flops, row.block_fraction)]
         numbers_fit = all(0 < rate < inf for rate in rates)
-        costs = (self.launch_seconds, self.ramp_seconds, self.cache, self.memory)
+        costs = (self.launch_seconds, self.ramp_seconds, self.issue_seconds, self.cache, self.memory)
         numbers_fit &= all(0 <= cost < inf for cost in costs)
         numbers_fit &= all(
             min(row.accumulate_every, row.multiple_m, row.multiple_n, row.multiple_k) > 0
