@@ -98,7 +98,9 @@ def product_seconds(
     width = GEMM_BYTES[name]
     if target.units is None:
         return target.roofline_seconds(*_totals(sizes, width), rate)
-    per_unit = _INSIDE * rate.flops / target.units * (rate.block_fraction if scaling == "block" else 1.0)
+    per_unit = (
+        _INSIDE * rate.flops / target.units * (rate.block_fraction if scaling == "block" else 1.0)
+    )
     operands = target.stream_seconds(_operand_bytes(target, sizes, width, rate))
     best = inf
     for tile in _TILES:

@@ -15,6 +15,6 @@ GEMM_BYTES: Mapping[str, float] = MappingProxyType(
 
 def nearest(word: str, words: Collection[str]) -> str:
     """The end of an error message: the word that was probably meant, and those there are."""
-    close = get_close_matches(word, words, n=1)
+    close = get_close_matches(word, words, n=1, cutoff=0.5)
     guess = f" (did you mean {close[0]!r}?)" if close else ""
     return f"{guess}; choose one of {', '.join(words)}"

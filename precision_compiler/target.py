@@ -127,7 +127,8 @@ class Target:
         ramp_seconds: from a kernel's start until all units are busy, and from the first idle
             unit to its end.
         issue_seconds: from the issue of one kernel of a quantisation to that of the next, which
-            waits for its result: most of them are tiny, so this is what they cost.
+            waits for its result: most of them are tiny, so this is what they cost. About a launch
+            and a ramp in a compiled program, three times that from eager PyTorch.
         sustained_fraction: rate of long matmuls under the power limit, relative to the largest.
         quantise: passes of quantising, by scaling.
         machine: measurements on the machine at hand, None for a target known from its data only.
@@ -151,7 +152,7 @@ class Target:
     compute_capability: str = ""
     cast_fraction: float = 0.75
     ramp_seconds: float = 1.5e-6
-    issue_seconds: float = 10.8e-6
+    issue_seconds: float = 3.5e-6
     sustained_fraction: float = 0.85
     quantise: Mapping[str, Quantisation] = field(default_factory=dict)
     machine: Machine | None = field(default=None, repr=False)
@@ -162,7 +163,13 @@ class Target:
         rates += [self.sustained_fraction, 1 if self.units is None else self.units]
         rates += [number for row in rows.values() for number in (row.flops, row.block_fraction)]
         numbers_fit = all(0 < rate < inf for rate in rates)
-        costs = (self.launch_seconds, self.ramp_seconds, self.issue_seconds, self.cache, self.memory)
+        costs = (
+            self.launch_seconds,
+            self.ramp_seconds,
+            self.issue_seconds,
+            self.cache,
+            self.memory,
+        )
         numbers_fit &= all(0 <= cost < inf for cost in costs)
         numbers_fit &= all(
             min(row.accumulate_every, row.multiple_m, row.multiple_n, row.multiple_k) > 0
@@ -177,7 +184,10 @@ class Target:
         """Every shipped target, "cpu" (this machine, measured) included."""
         folder = resources.files("precision_compiler") / "targets"
         files = (item.name for item in folder.iterdir())
-        return ("cpu", *sorted(name.removesuffix(SUFFIX) for name in files if name.endswith(SUFFIX)))
+        return (
+            "cpu",
+            *sorted(name.removesuffix(SUFFIX) for name in files if name.endswith(SUFFIX)),
+        )
 
     @staticmethod
     def load(name: str) -> "Target":

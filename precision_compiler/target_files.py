@@ -29,17 +29,22 @@ def read_table(path: Path, shipped: Path, above: tuple[Path, ...] = ()) -> Table
     Raises:
         TargetError: a file cannot be read, is not TOML, or builds on itself.
     """
+    path = path.resolve()
     if path in above:
         raise TargetError(f"target {path}, key base: it builds on itself")
     table = _toml(path)
-    base, removed = table.pop("base", None), table.pop("remove", [])
-    if base is None:
+    if "base" not in table:
         return table
+    base, removed = table.pop("base"), table.pop("remove", [])
     merged = _merged(read_table(_base_path(base, path, shipped), shipped, (*above, path)), table)
     formats = merged.get("formats", {})
+    if not isinstance(formats, dict) or not isinstance(removed, list):
+        raise TargetError(f"target {path}, key remove: give a list of formats of the base")
     for name in removed:
         if name not in formats:
-            raise TargetError(f"target {path}, key remove: no format {name!r}{nearest(name, formats)}")
+            raise TargetError(
+                f"target {path}, key remove: no format {name!r}{nearest(name, formats)}"
+            )
         del formats[name]
     return merged
 
@@ -52,10 +57,11 @@ def explain(error: ValidationError, path: Path, keys: Mapping[str, tuple[str, ..
         path: the file.
         keys: valid keys by the table they belong to, "" for the file's top level.
     """
-    first = error.errors()[0]
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")  # likely why another is missing
+    first = min(error.errors(), key=lambda found: found["type"] not in unknown)
     parts = [str(part) for part in first["loc"]]
     where = f"target {path}, key {'.'.join(parts)}"
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if first["type"] in unknown:
         table = parts[0] if len(parts) > 1 else ""
         return f"{where}: unknown key{nearest(parts[-1], keys.get(table, ()))}"
     expected = first.get("ctx", {}).get("expected")
@@ -80,8 +86,9 @@ def _merged(below: Table, above: Table) -> Table:
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        merged[key] = _merged(old, value) if both else value
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _merged(old, value)
+        merged[key] = value
     return merged
 
 
