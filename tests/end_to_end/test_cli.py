@@ -127,7 +127,7 @@ def test_targets_lists_every_machine(capsys: pytest.CaptureFixture[str]) -> None
 def test_targets_show_explains_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["targets", "show", "h100"]) == 0
     text = capsys.readouterr().out
-    for part in ("80 GB", "3350 GB/s", "132", "cuda 9.0", "tn", "1, 16, 16", "Sources", "14 bits"):
+    for part in ("80 GB", "3350 GB/s", "132", "cuda 9.0", "tn", "1, 16, 16", "Sources", "float32"):
         assert part in text, part
 
 
