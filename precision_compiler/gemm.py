@@ -23,10 +23,11 @@ from math import ceil, exp, inf
 from typing import TYPE_CHECKING
 
 from precision_compiler.errors import TargetError
+from precision_compiler.format_rates import FormatRate, Quantisation
 from precision_compiler.gemm_formats import GEMM_BYTES, nearest
 
 if TYPE_CHECKING:
-    from precision_compiler.target import FormatRate, Quantisation, Target
+    from precision_compiler.target import Target
 
 SCALINGS = ("none", "tensor", "delayed", "row", "block")
 """How the scale of a narrow operand is found: not at all; from the tensor now; from earlier
@@ -60,7 +61,7 @@ class Product:
     k: int
     batch: int = 1
 
-    def padded(self, rate: "FormatRate") -> "Product":
+    def padded(self, rate: FormatRate) -> "Product":
         """Sizes rounded up to the multiples that the format's kernels require."""
         return Product(
             _up(self.m, rate.multiple_m),
@@ -92,7 +93,7 @@ def gemm_seconds(
 
 
 def product_seconds(
-    target: "Target", sizes: Product, name: str, rate: "FormatRate", scaling: str
+    target: "Target", sizes: Product, name: str, rate: FormatRate, scaling: str
 ) -> float:
     """Seconds of the product alone, on operands that are in the format already."""
     width = GEMM_BYTES[name]
@@ -154,7 +155,7 @@ def _throttled(seconds: float, target: "Target") -> float:
     return seconds * (1 + (1 / target.sustained_fraction - 1) * settled)
 
 
-def _operand_bytes(target: "Target", sizes: Product, width: float, rate: "FormatRate") -> float:
+def _operand_bytes(target: "Target", sizes: Product, width: float, rate: FormatRate) -> float:
     """Bytes of operands from memory (rule 4), scales included."""
     width += rate.scale_bytes / rate.block if rate.block else 0.0
     left, right = sizes.m * sizes.k * width, sizes.k * sizes.n * width
@@ -181,7 +182,7 @@ def _result_width(width: float) -> float:
     return max(width, 2.0)
 
 
-def _scale_bytes(passes: "Quantisation") -> float:
+def _scale_bytes(passes: Quantisation) -> float:
     """Bytes of scales per element where the scaling mode, not the format, fixes the block."""
     return 4 / passes.block if passes.block else 0.0
 
@@ -190,7 +191,7 @@ def _up(size: int, multiple: int) -> int:
     return ceil(size / multiple) * multiple
 
 
-def _checked(target: "Target", product: Product, name: str, scaling: str) -> "FormatRate":
+def _checked(target: "Target", product: Product, name: str, scaling: str) -> FormatRate:
     """The format's row, or an error that names the argument and what would work."""
     for key, size in vars(product).items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:

@@ -13,6 +13,7 @@ LAYERS = (
         "errors",
         "facts",
         "flags",
+        "format_rates",
         "formats",
         "gemm",
         "gemm_formats",
