@@ -3,7 +3,7 @@
 A product of an m x k and a k x n matrix is cut into output tiles, which the target's units (GPU
 multiprocessors) work off in waves. Seconds of the product itself:
 
-    max(waves * seconds of a tile, operand traffic) + result traffic + one kernel
+    max(waves * seconds of a tile, traffic) + result traffic of the last wave + one kernel
 
 1. Tiles: the best of a few shapes; a unit is busy for ``waves`` whole tiles, so the last wave may
    be nearly empty. A tile below 128 x 256 re-reads operands too often to keep its unit busy.
@@ -12,14 +12,15 @@ multiprocessors) work off in waves. Seconds of the product itself:
 3. Splitting k over several units fills an empty machine, and costs the traffic of float32
    partial sums.
 4. Traffic: both operands from memory once, or the wider one once per pass over the narrower one
-   where the last-level cache cannot hold that; the result once, after its tile is computed.
+   where the last-level cache cannot hold that; the result once, a tile's when it is computed, so
+   the last wave's when there is nothing left to compute.
 5. Every kernel costs its launch, and the time until its units are all busy or all idle.
 
 Quantising an operand is streaming kernels of their own, see ``quantise_seconds``.
 """
 
 from dataclasses import dataclass
-from math import ceil, exp, inf
+from math import ceil, exp, inf, prod
 from typing import TYPE_CHECKING
 
 from precision_compiler.errors import TargetError
@@ -36,12 +37,12 @@ steps; from each row; from each block of elements along k."""
 _TILES = ((256, 256), (256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
 _FULL_TILE = 128 * 256 / (128 + 256)
 """Multiply-adds per loaded element, along k, of the tile that keeps a unit busy."""
-_INSIDE = 1.12
+_INSIDE = 1.11
 """Rate of a busy unit over that of the best published whole product, which pays for its last wave,
 its kernel and its falling clock too; fitted to the published maxima (benchmarks/data/gemm_mamf)."""
 _SPLITS = (1, 2, 3, 4, 6, 8)
 _SHORTEST_SPLIT = 512
-"""Elements of k below which kernels do not split it."""
+"""Elements of k that the smallest part of a split takes as long as."""
 _POWER_WINDOW = 0.7e-3
 """Seconds in which a power controller settles; fitted to the published B300 forward products."""
 _CACHE_SHARE = 0.5
@@ -106,12 +107,13 @@ def product_seconds(
     best = inf
     for tile in _TILES:
         for split in _SPLITS:
-            if split > 1 and sizes.k < split * _SHORTEST_SPLIT:
-                break
-            waves, wave = _waves(target.units, sizes, tile, split, per_unit)
-            arithmetic = _throttled(waves * wave, target)
-            result = target.stream_seconds(_result_bytes(sizes, width, split))
-            best = min(best, max(arithmetic, operands + result) + result / waves)
+            busy = _wave_seconds(target.units, sizes, tile, split, per_unit)
+            size = _result_bytes(sizes, width, split)
+            result = target.stream_seconds(size)
+            last = target.stream_seconds(
+                min(size, target.units * prod(tile) * _result_width(width))
+            )
+            best = min(best, max(_throttled(busy, target), operands + result) + last)
     return best + target.kernel_seconds
 
 
@@ -139,14 +141,15 @@ def quantise_seconds(
     return stream + kernels * target.issue_seconds
 
 
-def _waves(
+def _wave_seconds(
     units: int, sizes: Product, tile: tuple[int, int], split: int, flops: float
-) -> tuple[int, float]:
-    """Waves of tiles, and seconds of one, at ``flops`` FLOP/s of a unit on a full tile."""
+) -> float:
+    """Seconds of all waves, at ``flops`` FLOP/s of a unit on a full tile."""
     rows, columns = tile
     count = ceil(sizes.m / rows) * ceil(sizes.n / columns) * split * sizes.batch
     busy = min(1.0, rows * columns / (rows + columns) / _FULL_TILE) ** 0.5
-    return ceil(count / units), 2 * rows * columns * ceil(sizes.k / split) / (flops * busy)
+    depth = sizes.k if split == 1 else max(ceil(sizes.k / split), _SHORTEST_SPLIT)
+    return ceil(count / units) * 2 * rows * columns * depth / (flops * busy)
 
 
 def _throttled(seconds: float, target: "Target") -> float:

@@ -15,6 +15,7 @@ from precision_compiler.target import QUANTISATIONS, Target
 
 TABLES = {table.name: table for table in comparisons()}
 B300, H100 = Target.load("b300"), Target.load("h100")
+TARGETS = {name: Target.load(name) for name in ("a100", "h100", "b300", "mi300x", "tpu-v5e")}
 RECIPES = (("bf16", "none"), ("e4m3", "tensor"), ("e4m3", "delayed"), ("e4m3", "row"))
 SIZES = st.sampled_from([16, 48, 128, 320, 1024, 4096, 5120, 16384])
 
@@ -103,6 +104,21 @@ def test_more_work_is_never_faster(
     for grown in ((2 * m, n, k), (m, 2 * n, k), (m, n, 2 * k)):
         assert seconds(*grown, name, scaling, quantise=quantise) >= found * (1 - 1e-12)
     assert H100.gemm_seconds(m, n, k, format=name, scaling=scaling, batch=2) > found * 0.999
+
+
+@given(
+    st.tuples(*[st.integers(1, 6000)] * 3),
+    st.tuples(*[st.integers(0, 700)] * 3),
+    st.sampled_from(sorted(TARGETS)),
+)
+@settings(max_examples=100, deadline=None)
+def test_growing_any_size_is_never_faster(
+    sizes: tuple[int, int, int], more: tuple[int, int, int], name: str
+) -> None:
+    target = TARGETS[name]
+    grown = [size + step for size, step in zip(sizes, more, strict=True)]
+    found = target.gemm_seconds(*sizes, format="bf16")
+    assert target.gemm_seconds(*grown, format="bf16") >= found * (1 - 1e-12)
 
 
 @given(SIZES, SIZES, SIZES, st.sampled_from(["bf16", "e4m3", "mxfp8", "nvfp4"]))
