@@ -20,7 +20,7 @@ Quantising an operand is streaming kernels of their own, see ``quantise_seconds`
 """
 
 from dataclasses import dataclass
-from math import ceil, exp, inf, prod
+from math import ceil, exp, inf, prod, sqrt
 from typing import TYPE_CHECKING
 
 from precision_compiler.errors import TargetError
@@ -147,7 +147,7 @@ def _wave_seconds(
     """Seconds of all waves, at ``flops`` FLOP/s of a unit on a full tile."""
     rows, columns = tile
     count = ceil(sizes.m / rows) * ceil(sizes.n / columns) * split * sizes.batch
-    busy = min(1.0, rows * columns / (rows + columns) / _FULL_TILE) ** 0.5
+    busy = sqrt(min(1.0, rows * columns / (rows + columns) / _FULL_TILE))
     depth = sizes.k if split == 1 else max(ceil(sizes.k / split), _SHORTEST_SPLIT)
     return ceil(count / units) * 2 * rows * columns * depth / (flops * busy)
 
