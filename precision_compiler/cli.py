@@ -13,7 +13,7 @@ from precision_compiler import Plan, Target, export_onnx, make_plan
 from precision_compiler.demo import Demo, run_demo
 from precision_compiler.errors import PrecisionError
 from precision_compiler.report.show import show_plan
-from precision_compiler.report.targets import show_targets
+from precision_compiler.report.targets import explain_target, show_targets
 from precision_compiler.workload import load_workload
 
 DESCRIPTION = """\
@@ -159,9 +159,13 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _add_targets(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "targets",
-        help="list the machines that plans can be made for",
-        description="Lists the known machines with the formats they run and how fast.",
+        help="list the machines that plans can be made for, or explain one",
+        description="Lists the known machines with their memory and the formats they run, or "
+        "explains one: every number with its source, the rules of each format.",
+        epilog="example: precision-compiler targets show h100",
     )
+    parser.add_argument("action", nargs="?", choices=("show",), help="explain one machine")
+    parser.add_argument("name", nargs="?", metavar="TARGET", help="its name, or a .toml file")
     parser.set_defaults(command=_targets)
 
 
@@ -206,6 +210,11 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _targets(options: argparse.Namespace) -> None:
+    if options.action == "show":
+        if options.name is None:
+            raise PrecisionError(f"targets show: name one of {', '.join(Target.names())}")
+        explain_target(Target.load(options.name), Console())
+        return
     with _spinner("measuring this machine"):
         targets = [Target.load(name) for name in Target.names()]
     show_targets(targets, Console())

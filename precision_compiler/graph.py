@@ -89,6 +89,12 @@ def contraction_rule(node: fx.Node) -> ContractionRule | None:
     return CONTRACTIONS.get(node.target) if node.op == "call_function" else None
 
 
+def is_matrix_product(node: fx.Node) -> bool:
+    """Whether a node is one product of two matrices, or a batch of them."""
+    rule = contraction_rule(node)
+    return rule is not None and rule.flops is _matmul_flops
+
+
 def value_of(node: fx.Node) -> torch.Tensor | None:
     """The fake tensor a node produces, or None if it produces something else."""
     value = node.meta.get("val")

@@ -1,9 +1,7 @@
 """Machines as data: rates per format, memory, launch cost; one TOML file each."""
 
-import os
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from math import inf
 from pathlib import Path
@@ -12,39 +10,16 @@ from typing import Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from precision_compiler.errors import TargetError
+from precision_compiler.format_rates import QUANTISATIONS, FormatRate, Quantisation
 from precision_compiler.formats import FORMATS
+from precision_compiler.gemm import Product, gemm_seconds
+from precision_compiler.gemm_formats import GEMM_BYTES, nearest
 from precision_compiler.measure import Machine, measured_machine
+from precision_compiler.target_files import SUFFIX, Table, explain, read_table
 
-_SUFFIX = ".toml"
+__all__ = ["QUANTISATIONS", "FormatRate", "Quantisation", "Target"]
+
 _STRICT = ConfigDict(extra="forbid")
-
-
-@dataclass(frozen=True)
-class FormatRate:
-    """How fast contractions run with operands in one format.
-
-    Attributes:
-        peak_flops: dense peak in FLOP/s, float32 accumulation.
-        achieved_fraction: largest fraction of the peak that large matmuls reach.
-        confidence: "good", or "weak" where the number rests on memory or one secondary page.
-        source: where the numbers come from.
-        accumulate: format of the running sum of products.
-        accumulate_every: products added exactly before the sum is rounded to it.
-    """
-
-    __pydantic_config__ = _STRICT
-
-    peak_flops: float
-    achieved_fraction: float
-    source: str
-    confidence: Literal["good", "weak"] = "good"
-    accumulate: str = "fp32"
-    accumulate_every: int = 1
-
-    @property
-    def flops(self) -> float:
-        """Rate that large matmuls reach, FLOP/s."""
-        return self.peak_flops * self.achieved_fraction
 
 
 @dataclass(frozen=True)
@@ -54,12 +29,28 @@ class Target:
     Attributes:
         name: the word in plans and on the command line.
         description: what it is.
-        device: torch device type it belongs to.
+        device: what it is to software: "cuda", "rocm" (torch's device type is cuda there too),
+            "xla" (TPU), "neuron" (Trainium) or "cpu".
         bandwidth: memory bandwidth, bytes/s.
         bandwidth_fraction: largest fraction of it that streaming kernels reach.
         launch_seconds: fixed cost of starting one kernel.
         formats: rate by format; a format that is not here has no hardware path.
         source: where the memory numbers come from.
+        confidence: "weak" where the machine's own numbers rest on memory or one secondary page.
+        gemm_formats: rates of formats that matrix units run but the planner does not choose yet.
+        units: what output tiles are spread over: streaming multiprocessors, compute units, matrix
+            units; None leaves tiles out of the time model.
+        cache: bytes of the last-level cache.
+        memory: capacity in bytes; 0 if unknown.
+        compute_capability: NVIDIA's, or AMD's and others' name of the architecture.
+        cast_fraction: largest fraction of the bandwidth that quantising kernels reach.
+        ramp_seconds: from a kernel's start until all units are busy, and from the first idle
+            unit to its end.
+        issue_seconds: from the issue of one kernel of a quantisation to that of the next, which
+            waits for its result: most of them are tiny, so this is what they cost. About a launch
+            and a ramp in a compiled program, three times that from eager PyTorch.
+        sustained_fraction: rate of long matmuls under the power limit, relative to the largest.
+        quantise: passes of quantising, by scaling.
         machine: measurements on the machine at hand, None for a target known from its data only.
     """
 
@@ -67,26 +58,46 @@ class Target:
 
     name: str
     description: str
-    device: Literal["cpu", "cuda"]
+    device: Literal["cpu", "cuda", "rocm", "xla", "neuron"]
     bandwidth: float
     bandwidth_fraction: float
     launch_seconds: float
     formats: Mapping[str, FormatRate]
     source: str
+    confidence: Literal["good", "weak"] = "good"
+    gemm_formats: Mapping[str, FormatRate] = field(default_factory=dict)
+    units: int | None = None
+    cache: float = 0.0
+    memory: float = 0.0
+    compute_capability: str = ""
+    cast_fraction: float = 0.75
+    ramp_seconds: float = 1.5e-6
+    issue_seconds: float = 3.5e-6
+    sustained_fraction: float = 0.85
+    quantise: Mapping[str, Quantisation] = field(default_factory=dict)
     machine: Machine | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        rates = [self.bandwidth, self.bandwidth_fraction]
-        rates += [rate.flops for rate in self.formats.values()]
-        numbers_fit = all(0 < rate < inf for rate in rates) and 0 <= self.launch_seconds < inf
-        numbers_fit &= all(rate.accumulate_every > 0 for rate in self.formats.values())
+        rows = self.formats | self.gemm_formats  # type: ignore[operator]
+        rates = [self.bandwidth, self.bandwidth_fraction, self.cast_fraction]
+        rates += [self.sustained_fraction, 1 if self.units is None else self.units]
+        rates += [number for row in rows.values() for number in (row.flops, row.block_fraction)]
+        numbers_fit = all(0 < rate < inf for rate in rates)
+        costs = (
+            self.launch_seconds,
+            self.ramp_seconds,
+            self.issue_seconds,
+            self.cache,
+            self.memory,
+        )
+        numbers_fit &= all(0 <= cost < inf for cost in costs)
+        numbers_fit &= all(
+            min(row.accumulate_every, row.multiple_m, row.multiple_n, row.multiple_k) > 0
+            for row in rows.values()
+        )
         if not numbers_fit:
             raise TargetError(f"target {self.name}: rates must be positive numbers")
-        named = [*self.formats, *(rate.accumulate for rate in self.formats.values())]
-        unknown = [name for name in named if name not in FORMATS]
-        if unknown or "fp32" not in self.formats:
-            problem = f"unknown format {unknown[0]!r}" if unknown else "no rate for fp32"
-            raise TargetError(f"target {self.name}: {problem}; formats are {', '.join(FORMATS)}")
+        _check_names(self)
 
     @staticmethod
     def names() -> tuple[str, ...]:
@@ -95,7 +106,7 @@ class Target:
         files = (item.name for item in folder.iterdir())
         return (
             "cpu",
-            *sorted(name.removesuffix(_SUFFIX) for name in files if name.endswith(_SUFFIX)),
+            *sorted(name.removesuffix(SUFFIX) for name in files if name.endswith(SUFFIX)),
         )
 
     @staticmethod
@@ -106,16 +117,39 @@ class Target:
             TargetError: it is unknown, or the file holds a wrong key or value.
         """
         if name in ("auto", "cpu"):
-            return _this_machine(name)
-        if name.endswith(_SUFFIX):
-            return _read(Path(name))
-        if name not in Target.names():
-            raise TargetError(
-                f"unknown target {name!r}: choose auto, {', '.join(Target.names())}, or give the "
-                "path of a .toml file"
-            )
+            return _this_machine()
         with resources.as_file(resources.files("precision_compiler") / "targets") as folder:
-            return _read(folder / f"{name}{_SUFFIX}")
+            if name.endswith(SUFFIX):
+                return _read(Path(name), folder)
+            if name not in Target.names():
+                raise TargetError(
+                    f"unknown target {name!r}: choose auto, {', '.join(Target.names())}, or give "
+                    "the path of a .toml file"
+                )
+            return _read(folder / f"{name}{SUFFIX}", folder)
+
+    @property
+    def kernel_seconds(self) -> float:
+        """Fixed cost of one kernel: its launch, and units idle at its start and end."""
+        return self.launch_seconds + self.ramp_seconds
+
+    def rate(self, name: str) -> FormatRate:
+        """The row of a format.
+
+        Raises:
+            TargetError: the machine has no hardware path for it; the message lists those it has.
+        """
+        row = self.formats.get(name) or self.gemm_formats.get(name)
+        if row is None:
+            words = [*self.formats, *self.gemm_formats]
+            raise TargetError(
+                f"format: {self.name} has no hardware path for {name!r}{nearest(name, words)}"
+            )
+        return row
+
+    def quantisation(self, scaling: str) -> Quantisation:
+        """Passes of quantising with a scaling: the target's own, or those of ``QUANTISATIONS``."""
+        return self.quantise.get(scaling) or QUANTISATIONS[scaling]
 
     def stream_seconds(self, size: float) -> float:
         """Time to move ``size`` bytes to or from memory inside a running kernel."""
@@ -139,26 +173,79 @@ class Target:
             size: bytes of operands and result.
             name: format of the operands.
         """
-        arithmetic = flops / self.formats[name].flops
-        return max(arithmetic, self.stream_seconds(size)) + self.launch_seconds
+        return self.roofline_seconds(flops, size, self.formats[name])
+
+    def roofline_seconds(self, flops: float, size: float, rate: FormatRate) -> float:
+        """As ``contraction_seconds``, with the format's row."""
+        return max(flops / rate.flops, self.stream_seconds(size)) + self.launch_seconds
+
+    def gemm_seconds(
+        self,
+        m: int,
+        n: int,
+        k: int,
+        *,
+        format: str,
+        scaling: str = "none",
+        quantise: bool = True,
+        batch: int = 1,
+    ) -> float:
+        """Seconds of one matrix product m x k times k x n, see ``precision_compiler.gemm``.
+
+        Args:
+            m: rows of the result: tokens, in a forward product.
+            n: columns of the result.
+            k: length of the contraction.
+            format: of both operands.
+            scaling: "none", "tensor" (the largest magnitude now), "delayed", "row" or "block".
+            quantise: whether both operands are bf16 and quantised first; if not, they are in the
+                format already. It changes nothing for formats of 2 bytes and more.
+            batch: independent products of these sizes in one kernel.
+
+        Raises:
+            TargetError: a size, the format or the scaling does not work here; says what does.
+        """
+        return gemm_seconds(self, Product(m, n, k, batch), format, scaling, quantise)
 
 
-def _read(path: Path) -> Target:
+def _check_names(target: Target) -> None:
+    """Formats are known ones, float32 among them, and so are accumulators and scalings."""
+    accumulators = [row.accumulate for row in target.formats.values()]
+    unknown = [name for name in (*target.formats, *accumulators) if name not in FORMATS]
+    if unknown or "fp32" not in target.formats:
+        words = [*FORMATS, *(name for name in GEMM_BYTES if name not in FORMATS)]
+        known = f"; formats are {', '.join(words)}"
+        problem = f"unknown format {unknown[0]!r}" if unknown else "no rate for fp32"
+        raise TargetError(f"target {target.name}: {problem}{known}")
+    for scaling in target.quantise:
+        if scaling not in QUANTISATIONS:
+            raise TargetError(
+                f"target {target.name}, key quantise: unknown scaling {scaling!r}"
+                f"{nearest(scaling, QUANTISATIONS)}"
+            )
+
+
+def _read(path: Path, shipped: Path) -> Target:
     try:
-        return _ADAPTER.validate_python(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise TargetError(
-            f"cannot read the target {path}: {os.strerror(error.errno or 0)}"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TargetError(f"target {path} is not valid TOML: {error}") from error
+        return _ADAPTER.validate_python(_sorted(read_table(path, shipped)))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise TargetError(f"target {path}, key {where}: {first['msg']}") from error
+        raise TargetError(explain(error, path, _KEYS)) from error
 
 
-def _this_machine(name: str) -> Target:
+def _sorted(table: Table) -> Table:
+    """The table with formats that only the time model knows moved to ``gemm_formats``."""
+    formats = table.get("formats")
+    if not isinstance(formats, dict):
+        return table
+    apart = [name for name in formats if name in GEMM_BYTES and name not in FORMATS]
+    return {
+        **table,
+        "formats": {name: row for name, row in formats.items() if name not in apart},
+        "gemm_formats": {name: formats[name] for name in apart},
+    }
+
+
+def _this_machine() -> Target:
     """The CPU, measured now or read from the cache of an earlier measurement."""
     machine = measured_machine()
     source = f"measured on this machine, {machine.threads} threads"
@@ -177,3 +264,8 @@ def _this_machine(name: str) -> Target:
 
 
 _ADAPTER: TypeAdapter[Target] = TypeAdapter(Target)
+_KEYS = {
+    table: tuple(row.name for row in fields(kind) if row.name not in ("machine", "gemm_formats"))
+    for table, kind in (("", Target), ("formats", FormatRate), ("gemm_formats", FormatRate),
+                        ("quantise", Quantisation))
+}  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from precision_compiler.formats import FORMATS
-from precision_compiler.graph import contraction_rule, shape_of, value_of
+from precision_compiler.graph import contraction_rule, is_matrix_product, shape_of, value_of
 from precision_compiler.measure import Machine, layout_key, random_like
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.sites import operand_nodes, output_nodes, rounded_arguments
@@ -21,8 +21,10 @@ from precision_compiler.target import Target
 class PriceContractions:
     """Price every contraction in every format of the target.
 
-    1. On a target known from its data: the slower of arithmetic at the format's achieved rate
-       and traffic of operands and result at the achieved bandwidth, plus a launch.
+    1. On a target known from its data: a matrix product by the target's model of output tiles,
+       waves and traffic (``Target.gemm_seconds``), its casts priced apart; attention and
+       convolutions by the slower of arithmetic at the format's achieved rate and traffic of
+       operands and result at the achieved bandwidth, plus a launch.
     2. On this machine: the very call (operation, sizes, strides, dtype) is timed, all formats
        in turn, and kept on disk. Formats that a square matmul shows to be slower than float32
        are not timed, which would take longer than it tells: they cost as many times the float32
@@ -84,6 +86,10 @@ def roofline(node: fx.Node, fmt: str, target: Target) -> float:
         raise ValueError(f"{node.name} is no contraction")
     operands = [shape_of(operand) for operand in operand_nodes(node)]
     results = [shape_of(result) for result in output_nodes(node)]
+    if target.units is not None and is_matrix_product(node):
+        (*batch, m, k), n = operands[0], operands[1][-1]
+        if min(*batch, m, n, k) > 0:
+            return target.gemm_seconds(m, n, k, format=fmt, quantise=False, batch=prod(batch))
     width = FORMATS[fmt].bytes
     result_width = width if width >= 2 else 2.0  # narrow formats accumulate into 16 bits
     size = width * sum(map(prod, operands)) + result_width * sum(map(prod, results))

@@ -121,6 +121,14 @@ def test_targets_lists_every_machine(capsys: pytest.CaptureFixture[str]) -> None
     text = capsys.readouterr().out
     assert all(name in text for name in precision_compiler.Target.names())
     assert "bf16" in text
+    assert "l4?" in text  # a weak row
+
+
+def test_targets_show_explains_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["targets", "show", "h100"]) == 0
+    text = capsys.readouterr().out
+    for part in ("80 GB", "3350 GB/s", "132", "cuda 9.0", "tn", "1, 16, 16", "Sources", "float32"):
+        assert part in text, part
 
 
 @pytest.mark.parametrize(
@@ -134,6 +142,8 @@ def test_targets_lists_every_machine(capsys: pytest.CaptureFixture[str]) -> None
         ("plan {0}/train.py:workload -o {0}/none/plan.json", "create it"),
         ("plan {0}/train.py:vector_loss", "not a scalar"),
         ("plan {0}/train.py:wrong_shape", "fails on this batch"),
+        ("targets show", "name one of cpu, a10"),
+        ("targets show h1000", "unknown target 'h1000'"),
         ("show {0}/missing.json", "missing.json"),
         ("show {0}/corrupt.json", "corrupt.json"),
         ("export {0}/other.py:workload {0}/plan.json -o {0}/other.onnx", "fc.fprop"),

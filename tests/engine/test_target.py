@@ -51,11 +51,33 @@ def test_shipped_target_is_plausible(name: str) -> None:
     assert target.machine is None
     assert set(target.formats) <= set(FORMATS)
     assert 0 < target.bandwidth_fraction <= 1
-    rates = [target.formats[fmt].flops for fmt in ("fp32", "tf32", "bf16")]
+    assert not set(target.gemm_formats) & set(FORMATS)
+    wide = ("fp32", "tf32", "bf16")
+    rates = [target.formats[fmt].flops for fmt in wide if fmt in target.formats]
     assert rates == sorted(rates)
-    for rate in target.formats.values():
+    assert 1e9 < target.memory < 1e12
+    assert target.source
+    for rate in (*target.formats.values(), *target.gemm_formats.values()):
         assert 0 < rate.achieved_fraction <= 1
         assert rate.source
+    assert all(rate.accumulate == "fp32" for rate in target.formats.values())
+
+
+def test_formats_follow_the_hardware() -> None:
+    def has(name: str) -> set[str]:
+        target = Target.load(name)
+        return {*target.formats, *target.gemm_formats}
+
+    assert "bf16" not in has("v100")
+    assert not {"e4m3", "mxfp8", "nvfp4"} & has("a100")
+    for name in ("l4", "l40s", "rtx4090", "h100", "h200", "gh200", "mi300x"):
+        assert {"e4m3", "e5m2"} <= has(name), name
+        assert not {"mxfp8", "nvfp4"} & has(name), name
+    for name in ("b200", "gb200", "b300", "gb300"):
+        assert {"e4m3", "mxfp8", "mxfp4", "nvfp4"} <= has(name), name
+    assert Target.load("h100").formats["e4m3"].layouts == "tn"
+    assert Target.load("b300").formats["e4m3"].layouts == "any"
+    assert Target.load("b300").gemm_formats["nvfp4"].layouts == "tn"
 
 
 def test_names_start_with_this_machine() -> None:
@@ -96,13 +118,68 @@ def test_mistake_in_a_file_is_named(before: str, after: str, message: str, tmp_p
 
 
 def test_unknown_target_is_named_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match=r"unknown target 'h900': choose auto, cpu, a100"):
+    with pytest.raises(TargetError, match=r"unknown target 'h900': choose auto, cpu, a10, a100"):
         Target.load("h900")
     with pytest.raises(TargetError, match=r"cannot read the target .*absent\.toml: No such file"):
         Target.load(str(tmp_path / "absent.toml"))
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(TargetError, match="is not valid TOML"):
         Target.load(str(tmp_path / "bytes.toml"))
+
+
+BUILT = """
+base = "h100"
+name = "mine"
+bandwidth = 2.4e12
+
+[formats.e4m3]
+achieved_fraction = 0.6
+"""
+
+
+def test_file_builds_on_a_shipped_target(tmp_path: Path) -> None:
+    below, target = Target.load("h100"), loaded(tmp_path, BUILT)
+    assert target.name == "mine"
+    assert target.bandwidth == 2.4e12
+    assert target.units == below.units
+    assert target.formats["e4m3"] == replace(below.formats["e4m3"], achieved_fraction=0.6)
+    assert target.formats["bf16"] == below.formats["bf16"]
+    fewer = loaded(tmp_path, 'remove = ["e5m2"]\n' + BUILT)
+    assert set(below.formats) - set(fewer.formats) == {"e5m2"}
+
+
+def test_file_builds_on_a_file(tmp_path: Path) -> None:
+    (tmp_path / "below.toml").write_text(BUILT)
+    target = loaded(tmp_path, 'base = "below.toml"\nmemory = 1e9\n')
+    assert (target.name, target.memory, target.bandwidth) == ("mine", 1e9, 2.4e12)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('base = "small.toml"', "key base: it builds on itself"),
+        ('base = "h10"', r"key base: unknown target 'h10' \(did you mean 'h100'\?\)"),
+        ("base = 3", "key base: give a target's name"),
+        ('base = "h100"\nremove = ["e5m"]', r"key remove: no format 'e5m' \(did you mean 'e5m2'"),
+        ('base = "h100"\nremove = 3', "key remove: give a list"),
+        ('base = "h100"\nbandwith = 1', r"key bandwith: unknown key \(did you mean 'bandwidth'"),
+        ('base = "h100"\ndevice = "cudaa"', r"unknown value 'cudaa' \(did you mean 'cuda'"),
+        ('base = "h100"\n[formats.bf16]\npeak = 1', r"bf16\.peak: unknown key \(did you mean 'pea"),
+        ('base = "h100"\n[quantise.tensor]\namax = 1', r"unknown key \(did you mean 'amax_reads'"),
+        (
+            'base = "h100"\n[quantise.tensr]\namax_reads = 1\nkernels = 1',
+            r"unknown scaling 'tensr' \(did you mean 'tensor'",
+        ),
+        ('base = "h100"\nunits = 0', "positive"),
+        ('base = "h100"\n[formats.e4m3]\nmultiple_k = 0', "positive"),
+    ],
+)
+def test_mistake_in_a_file_on_top_names_key_and_nearest(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TargetError, match=message) as caught:
+        loaded(tmp_path, text)
+    assert "\n" not in str(caught.value)
 
 
 def test_contraction_takes_as_long_as_its_slower_half() -> None:

@@ -1,10 +1,11 @@
 """Prices of contractions: rooflines by hand, measurements by the machine at hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from precision_compiler.graph import contraction_rule
+from precision_compiler.graph import contraction_rule, is_matrix_product
 from precision_compiler.measure import Machine
 from precision_compiler.passes.cost.price_contractions import PriceContractions, roofline
 from precision_compiler.pipeline import Unit
@@ -31,6 +32,28 @@ def test_roofline_takes_the_slower_of_arithmetic_and_traffic() -> None:
         size = width * operands + written * result
         found = roofline(nodes["a"], fmt, slow_memory)
         assert found == pytest.approx(size / 1e9 + 1e-6), fmt
+
+
+def test_matrix_products_follow_the_tiles_of_the_target() -> None:
+    """A batch is one kernel; casts are priced apart."""
+    text = "x:f32[2,64,32] w:f32[2,32,16] v:f32[64,32] u:f32[32,16] b:f32[16] "
+    text += "| a = bmm x w | c = mm v u | d = addmm b v u | return a c d"
+    nodes = {node.name: node for node in graph(text).graph.nodes}
+    target = replace(machine(), units=2)
+    for fmt in machine().formats:
+        alone = target.gemm_seconds(64, 16, 32, format=fmt, quantise=False)
+        assert roofline(nodes["c"], fmt, target) == roofline(nodes["d"], fmt, target) == alone
+        pair = target.gemm_seconds(64, 16, 32, format=fmt, quantise=False, batch=2)
+        assert roofline(nodes["a"], fmt, target) == pair
+        assert pair < 2 * alone
+
+
+def test_what_is_no_matrix_product_keeps_its_roofline() -> None:
+    nodes = {node.name: node for node in graph(MIXED).graph.nodes}
+    target = replace(machine(), units=2)
+    for name in ("d", "e", "h", "i"):
+        assert not is_matrix_product(nodes[name])
+        assert roofline(nodes[name], "bf16", target) == roofline(nodes[name], "bf16", machine())
 
 
 def test_every_contraction_has_a_price_in_every_format_of_the_target() -> None:

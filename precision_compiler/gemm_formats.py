@@ -1,0 +1,20 @@
+"""Formats that matrix units multiply, by width; more than the planner chooses from."""
+
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from types import MappingProxyType
+
+from precision_compiler.formats import FORMATS
+
+GEMM_BYTES: Mapping[str, float] = MappingProxyType(
+    {name: row.bytes for name, row in FORMATS.items()}
+    | {"mxfp8": 1.0, "mxfp6": 0.75, "mxfp4": 0.5, "nvfp4": 0.5, "int8": 1.0}
+)
+"""Bytes of one element, scales of blocks not counted (OCP Microscaling v1.0; NVIDIA NVFP4)."""
+
+
+def nearest(word: str, words: Collection[str]) -> str:
+    """The end of an error message: the word that was probably meant, and those there are."""
+    close = get_close_matches(word, words, n=1, cutoff=0.5)
+    guess = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"{guess}; choose one of {', '.join(words)}"
