@@ -14,14 +14,15 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 from precision_compiler.calling import Loss, unbroken_by_logging
 from precision_compiler.capture import capture, captured_alone
-from precision_compiler.compiler import as_target, check_plan, make_plan, plan_for, rewrite
+from precision_compiler.compiler import Decision, as_target, check_plan, decide, plan_for, rewrite
 from precision_compiler.errors import PlanError, PrecisionError
 from precision_compiler.joint import JointGraph, input_names, trace_joint
 from precision_compiler.passes import EMULATE, REWRITE
 from precision_compiler.pipeline import Pass
-from precision_compiler.plan import Budget, Plan
+from precision_compiler.plan import Budget, Plan, Trial, digest_of
 from precision_compiler.target import Target
 from precision_compiler.toolchain import require_toolchain
+from precision_compiler.trial import run_trial
 
 _ATTRIBUTE = "_precision_backend"  # where a module compiled in place keeps its backend
 _OPTIONS = ("target", "budget", "plan")
@@ -142,10 +143,13 @@ def compile(
     target: str | Target = "auto",
     budget: float | str = "auto",
     plan: Plan | None = None,
+    trial: bool = True,
 ) -> nn.Module:
     """Compile a module in place with the formats of a plan, and return it.
 
-    The object, its ``state_dict`` keys and its parameters' dtypes stay what they are.
+    The object, its ``state_dict`` keys and its parameters' dtypes stay what they are. Where this
+    machine is the target and a batch is given, the step is compiled with float32 and with
+    autocast's formats as well, timed once, and the fastest is kept.
 
     Args:
         model: the module.
@@ -156,6 +160,8 @@ def compile(
         budget: largest relative gradient error, "autocast", "noise:x" or "auto", as in
             ``make_plan``.
         plan: a plan made earlier, on this or another machine; nothing is analysed then.
+        trial: whether to time it against float32 and autocast, which compiles copies of the
+            module; times are kept on disk.
 
     Raises:
         CaptureError, BudgetError, TargetError, PlanMismatch, ToolchainError: each says what to
@@ -168,10 +174,27 @@ def compile(
     if plan is not None and batch is not None:
         check_plan(plan, capture(model, batch, loss).joint.sites)
     elif plan is None and batch is not None:
-        plan = make_plan(model, batch, loss=loss, target=target, budget=budget)
+        captured = capture(model, batch, loss)
+        decision = decide(captured, as_target(target), Budget.parse(budget))
+        plan = decision.plan(_trial(model, batch, loss, decision) if trial else None)
     elif plan is None:
         as_target(target)
     return _installed(model, PrecisionBackend(target, budget, plan))
+
+
+def _trial(model: nn.Module, batch: Any, loss: Loss | None, decision: Decision) -> Trial | None:
+    """Steps of the decision's candidates, timed if this machine is the target."""
+    machine = decision.unit.target.machine
+    if machine is None or not decision.captured.joint.has_values:
+        return None
+    base, candidates = decision.plan(), decision.candidates
+
+    def compiled(twin: nn.Module, label: str) -> nn.Module:
+        plan = base.with_formats(candidates[label])
+        return _installed(twin, PrecisionBackend(decision.unit.target, 0.0, plan))
+
+    digests = {label: digest_of(base.fingerprint, found) for label, found in candidates.items()}
+    return run_trial(model, batch, loss, digests, compiled, machine)
 
 
 def emulate(model: nn.Module, plan: Plan) -> nn.Module:

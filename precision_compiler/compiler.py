@@ -1,6 +1,7 @@
 """Read this first: batch -> capture -> analyse -> cost -> assign -> verify -> rewrite -> plan."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -14,7 +15,7 @@ from precision_compiler.passes import JUDGE, REWRITE
 from precision_compiler.passes.analyse.borrow_statistics import BorrowStatistics
 from precision_compiler.passes.analyse.measure_sensitivity import MeasureSensitivity
 from precision_compiler.pipeline import Pass, Pipeline, Progress, Unit, silent
-from precision_compiler.plan import Budget, MeasuredError, Plan
+from precision_compiler.plan import Budget, MeasuredError, Plan, Trial, Verification
 from precision_compiler.record import plan_of_unit
 from precision_compiler.sites import Site, find_sites, fingerprint
 from precision_compiler.target import Target
@@ -67,7 +68,7 @@ def make_plan(
     machine = as_target(target)
     say("Capture the joint forward and backward graph")
     captured = capture(model, batch, loss)
-    return plan_for(
+    decision = decide(
         captured,
         machine,
         wanted,
@@ -78,6 +79,7 @@ def make_plan(
         sibling=sibling,
         progress=say,
     )
+    return decision.plan(progress=say)
 
 
 def measure_error(
@@ -114,7 +116,54 @@ def as_target(target: str | Target) -> Target:
     return target if isinstance(target, Target) else Target.load(target)
 
 
-def plan_for(
+@dataclass(frozen=True)
+class Decision:
+    """A captured graph with everything that was found out about it.
+
+    Attributes:
+        unit: statistics, prices, flags and the chosen assignment; its graph is as captured.
+        captured: the graph and its loss.
+        verification: the check of the assignment on a batch.
+    """
+
+    unit: Unit
+    captured: Captured
+    verification: Verification | None
+
+    @property
+    def candidates(self) -> dict[str, dict[str, str]]:
+        """The solver's assignment, float32, and autocast's policy where it is within the budget."""
+        unit, problem = self.unit, self.unit.problem
+        found = {"plan": unit.assignment, "fp32": problem.uniform()}
+        illegal = next(problem.violations(unit.baseline), None)
+        if illegal is None and problem.error(unit.baseline) <= unit.budget.limit:
+            found["autocast"] = unit.baseline
+        return found
+
+    def plan(self, trial: Trial | None = None, progress: Progress = silent) -> Plan:
+        """The plan, rewritten on a copy of the graph to see the result.
+
+        Args:
+            trial: measured steps, whose winner gets its formats into the plan.
+            progress: called with a short sentence before each step.
+        """
+        unit, verification = self.unit, self.verification
+        solution = unit.solution
+        assert solution is not None
+        if trial is not None and trial.winner != "plan":
+            solution = unit.problem.solution(self.candidates[trial.winner], solution.bound)
+            verification = None
+        chosen = replace(
+            unit, joint=self.captured.joint.copy(), solution=solution,
+            assignment=dict(solution.assignment), journal=unit.journal.copy(),
+        )  # fmt: skip
+        if trial is not None:
+            chosen.journal.note("run-trial", trial.sentence)
+        Pipeline(REWRITE, given=frozenset({"assignment"})).run(chosen, progress)
+        return plan_of_unit(chosen, self.captured.origin, verification, trial)
+
+
+def decide(
     captured: Captured,
     target: Target,
     budget: Budget,
@@ -125,8 +174,8 @@ def plan_for(
     memory: float | None = None,
     sibling: Plan | None = None,
     progress: Progress = silent,
-) -> Plan:
-    """Decide the formats of a captured graph, verify them, and rewrite a copy to see the result."""
+) -> Decision:
+    """Choose the formats of a captured graph and verify them; arguments as of ``make_plan``."""
     unit = Unit(
         captured.joint.copy(), target, budget, Journal(), captured, calibration,
         learning_rate=learning_rate, memory=memory,
@@ -137,8 +186,19 @@ def plan_for(
     Pipeline((analyse, *JUDGE)).run(unit, progress)
     batch, is_new = (captured, False) if held_out is None else (held_out, True)
     verification = verify_plan(unit, batch, is_new, progress) if runs else None
-    Pipeline(REWRITE, given=frozenset({"assignment"})).run(unit, progress)
-    return plan_of_unit(unit, captured.origin, verification)
+    return Decision(unit, captured, verification)
+
+
+def plan_for(
+    captured: Captured,
+    target: Target,
+    budget: Budget,
+    *,
+    held_out: Captured | None = None,
+    sibling: Plan | None = None,
+) -> Plan:
+    """The plan of a captured graph; arguments as of ``make_plan``."""
+    return decide(captured, target, budget, held_out=held_out, sibling=sibling).plan()
 
 
 def rewritten(joint: JointGraph, plan: Plan) -> fx.GraphModule:

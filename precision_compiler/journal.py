@@ -42,3 +42,7 @@ class Journal:
     def add(self, entry: JournalEntry) -> None:
         """Add a finished entry."""
         self.entries.append(entry)
+
+    def copy(self) -> "Journal":
+        """A journal with the same entries, to be continued apart."""
+        return Journal(list(self.entries))

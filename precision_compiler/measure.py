@@ -90,9 +90,13 @@ class Machine:
         """Time of each case, those not known yet measured alternately and kept on disk."""
         missing = {key: run for key, run in cases.items() if key not in self.cases}
         if missing:
-            self.cases.update(alternate(missing))
-            _store(self)
+            self.keep(alternate(missing))
         return {key: self.cases[key] for key in cases}
+
+    def keep(self, seconds: Mapping[str, float]) -> None:
+        """Remember times, on disk too."""
+        self.cases.update(seconds)
+        _store(self)
 
 
 def alternate(cases: Mapping[str, Callable[[], Any]]) -> dict[str, float]:

@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
@@ -18,7 +18,7 @@ from precision_compiler.flags import Flag
 from precision_compiler.formats import FORMATS
 from precision_compiler.journal import STRICT, JournalEntry
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 TRUST_REGION = 0.2
 """Predicted relative gradient error up to which first-order analysis was found to hold."""
@@ -257,6 +257,23 @@ class Verification:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """Steps that were compiled and timed on this machine, alternately.
+
+    Attributes:
+        seconds: median of a forward and backward pass, by candidate: "plan", "fp32", "autocast".
+        winner: whose formats the plan has.
+        sentence: which was kept, and why.
+    """
+
+    __pydantic_config__ = STRICT
+
+    seconds: Mapping[str, float]
+    winner: Literal["plan", "fp32", "autocast"]
+    sentence: str
+
+
+@dataclass(frozen=True)
 class SiteDifference:
     """A site that two plans treat differently; None: the plan has no such site."""
 
@@ -282,6 +299,7 @@ class Plan:
         journal: what each pass did.
         flags: what may go wrong, vetoes included.
         verification: the check on a batch; None if there was none.
+        trial: the steps that were timed; None if there were none.
     """
 
     __pydantic_config__ = STRICT
@@ -298,6 +316,7 @@ class Plan:
     journal: tuple[JournalEntry, ...]
     flags: tuple[Flag, ...] = ()
     verification: Verification | None = None
+    trial: Trial | None = None
 
     @property
     def predicted_gradient_error(self) -> float:
@@ -314,11 +333,21 @@ class Plan:
         """Format by site name."""
         return {name: choice.format for name, choice in self.sites.items()}
 
+    def with_formats(self, assignment: Mapping[str, str]) -> "Plan":
+        """A plan to carry out with other formats; what it says of times and errors is not theirs.
+
+        Args:
+            assignment: format by site, for every site.
+        """
+        sites = {
+            name: replace(choice, format=assignment[name]) for name, choice in self.sites.items()
+        }
+        return replace(self, sites=sites)
+
     @cached_property
     def digest(self) -> str:
         """Hash of the decisions: two plans with the same digest rewrite a graph alike."""
-        text = json.dumps(sorted(self.assignment.items()))
-        return hashlib.sha256(f"{self.fingerprint}{text}".encode()).hexdigest()
+        return digest_of(self.fingerprint, self.assignment)
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -383,6 +412,12 @@ class Plan:
         mine, theirs = self.assignment, other.assignment
         pairs = ((name, mine.get(name), theirs.get(name)) for name in names)
         return tuple(SiteDifference(*pair) for pair in pairs if pair[1] != pair[2])
+
+
+def digest_of(fingerprint: str, assignment: Mapping[str, str]) -> str:
+    """Hash of a graph's fingerprint and the formats of its sites."""
+    text = json.dumps(sorted(assignment.items()))
+    return hashlib.sha256(f"{fingerprint}{text}".encode()).hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -223,6 +223,13 @@ class Problem:
                 if fixes_result(chosen) and chosen != "fp32" and assignment[store] != chosen:
                     yield f"{store} must be {chosen}, the format {name} returns"
 
+    def solution(self, assignment: Mapping[str, str], bound: float) -> "Solution":
+        """An assignment with its predicted time and error, and a proven bound on the time."""
+        seconds = self.seconds(assignment)
+        least = min(bound, seconds)
+        gap = (seconds - least) / seconds if seconds else 0.0
+        return Solution(dict(assignment), seconds, self.error(assignment), least, gap)
+
     def uniform(self, name: str = "fp32") -> dict[str, str]:
         """The assignment of one format to every site."""
         return dict.fromkeys(self.options, name)

@@ -21,6 +21,7 @@ from precision_compiler.plan import (
     Plan,
     SiteChoice,
     Totals,
+    Trial,
     Verification,
 )
 from precision_compiler.problem import Problem, Solution, fixes_result
@@ -31,13 +32,19 @@ from precision_compiler.verify import is_ours
 TENSOR, LOSS = METRICS.index("tensor"), METRICS.index("loss")
 
 
-def plan_of_unit(unit: Unit, loss_origin: str, verification: Verification | None = None) -> Plan:
+def plan_of_unit(
+    unit: Unit,
+    loss_origin: str,
+    verification: Verification | None = None,
+    trial: Trial | None = None,
+) -> Plan:
     """The plan of a unit whose graph is rewritten."""
     if unit.solution is None:
         raise InternalError("a plan is written before its formats are chosen")
     problem, solution = unit.problem, unit.solution
     variances = problem.variances(solution.assignment)
-    sites = {site.name: _site_choice(site, unit, variances) for site in unit.joint.sites}
+    reason = trial.sentence if trial is not None and trial.winner != "plan" else None
+    sites = {site.name: _site_choice(site, unit, variances, reason) for site in unit.joint.sites}
     graph = unit.joint.module.graph
     return Plan(
         schema_version=SCHEMA_VERSION,
@@ -52,6 +59,7 @@ def plan_of_unit(unit: Unit, loss_origin: str, verification: Verification | None
         journal=tuple(unit.journal.entries),
         flags=(*unit.flags, *_flags_of_plan(solution, verification)),
         verification=verification,
+        trial=trial,
     )
 
 
@@ -127,7 +135,9 @@ def _tensor_error(problem: Problem, solution: Solution) -> float | None:
     return problem.error(solution.assignment, TENSOR) if asked else None
 
 
-def _site_choice(site: Site, unit: Unit, variances: dict[str, float]) -> SiteChoice:
+def _site_choice(
+    site: Site, unit: Unit, variances: dict[str, float], why: str | None
+) -> SiteChoice:
     problem = unit.problem
     chosen = unit.assignment[site.name]
     prices = unit.store_prices if site.kind == "storage" else unit.contraction_prices
@@ -147,7 +157,7 @@ def _site_choice(site: Site, unit: Unit, variances: dict[str, float]) -> SiteCho
         signature=site.signature,
         shape=site.shape,
         format=chosen,
-        reason=_reason(site, chosen, options, unit),
+        reason=why or _reason(site, chosen, options, unit),
         seconds=options[chosen].seconds,
         error=max(0.0, variances[site.name]) ** 0.5,
         variance_share=variances[site.name] / total if total else 0.0,

@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from precision_compiler.formats import FORMATS
 from precision_compiler.fusion import Kernel
@@ -18,7 +19,7 @@ from precision_compiler.passes.cost.find_kernels import is_fused
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.target import Target
 
-_IN_CACHE = 1 << 13  # elements of a tensor whose arithmetic is timed
+_FEW, _MANY = 1 << 13, 1 << 16  # elements of tensors in cache: their difference has no overhead
 
 
 @dataclass(frozen=True)
@@ -104,21 +105,28 @@ def cast_seconds(node: fx.Node, fmt: str, target: Target) -> float:
 
 
 def _arithmetic(kernels: Iterable[Kernel], nodes: Mapping[str, fx.Node], machine: Machine) -> float:
-    """Seconds of the kernels' arithmetic: per operation, beyond what memory takes anyway."""
-    computed = [nodes[name] for kernel in kernels for name in kernel.nodes if name in nodes]
-    computed = [node for node in computed if is_fused(node)]
-    cases: dict[str, Callable[[], Any]] = {}
-    keys: dict[fx.Node, str] = {}
-    for node in computed:
-        keys[node], case = _case_in_cache(node)
-        cases.setdefault(keys[node], case)
-    idle = torch.ones(_IN_CACHE)
-    cases["nothing but memory"] = idle.neg
+    """Seconds of the kernels' arithmetic: per operation, beyond what its operands take anyway."""
+    known = (nodes[name] for kernel in kernels for name in kernel.nodes if name in nodes)
+    computed = [node for node in known if is_fused(node)]
+    trivial = [_key_and_call(target, arguments) for target, arguments in _TRIVIAL]
+    own = {node: _key_and_call(*_operation(node)) for node in computed}
+    cases = {
+        f"{key} x {size}": partial(call, size)
+        for key, call in (*trivial, *own.values())
+        for size in (_FEW, _MANY)
+    }
     seconds = machine.seconds(cases)
-    least = seconds["nothing but memory"]
-    return sum(
-        max(0.0, seconds[keys[node]] - least) * _elements(node) / _IN_CACHE for node in computed
-    )
+
+    def per_element(key: str) -> float:
+        return (seconds[f"{key} x {_MANY}"] - seconds[f"{key} x {_FEW}"]) / (_MANY - _FEW)
+
+    least = [per_element(key) for key, _ in trivial]
+
+    def beyond(node: fx.Node) -> float:
+        operands = sum(bool(shape_of(source)) for source in node.all_input_nodes)
+        return max(0.0, per_element(own[node][0]) - least[min(max(operands, 1), len(least)) - 1])
+
+    return sum(beyond(node) * _elements(node) for node in computed)
 
 
 def _elements(node: fx.Node) -> int:
@@ -126,20 +134,49 @@ def _elements(node: fx.Node) -> int:
     return max([prod(shape_of(node)), *(prod(shape_of(s)) for s in node.all_input_nodes)])
 
 
-def _case_in_cache(node: fx.Node) -> tuple[str, Callable[[], Any]]:
-    """The operation on small tensors of the same dtypes, and the text that identifies it."""
-
-    def small(argument: fx.Node) -> Any:
-        value = value_of(argument)
-        if value is None or value.dim() == 0:
-            return argument.meta["val"] if value is None else torch.ones((), dtype=value.dtype)
-        return torch.ones(_IN_CACHE, dtype=value.dtype)
-
+def _operation(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What a node computes, with an empty tensor for every one that is no single number."""
     if torch.Tag.reduction in getattr(node.target, "tags", ()):
-        row = torch.ones(1, _IN_CACHE)
-        return "sum of rows in cache", partial(row.sum, -1)
-    args = fx.node.map_arg(node.args, small)
-    kwargs = fx.node.map_arg(node.kwargs, small)
-    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        return torch.sum, (torch.empty(0),)
+
+    def kind(argument: fx.Node) -> Any:
+        value = value_of(argument)
+        if value is None:
+            return argument.meta["val"]
+        return torch.ones(() if value.dim() == 0 else 0, dtype=value.dtype)
+
     assert callable(node.target)
-    return f"{node.target} in cache {layout_key(leaves)}", partial(node.target, *args, **kwargs)
+    kwargs = fx.node.map_arg(node.kwargs, kind)
+    return partial(node.target, **kwargs), fx.node.map_arg(node.args, kind)
+
+
+def _key_and_call(
+    target: Callable[..., Any], arguments: tuple[Any, ...]
+) -> tuple[str, Callable[[int], Any]]:
+    """Text that identifies an operation in cache, and what runs it on so many elements."""
+
+    def run(size: int) -> Any:
+        return target(*pytree.tree_map(partial(_filled, size), arguments))
+
+    return (
+        f"{getattr(target, 'func', target)} {layout_key(pytree.tree_leaves(arguments))} in cache",
+        run,
+    )
+
+
+@cache
+def _row(dtype: torch.dtype, size: int) -> torch.Tensor:
+    return torch.ones(size, dtype=dtype)
+
+
+def _filled(size: int, argument: Any) -> Any:
+    empty = isinstance(argument, torch.Tensor) and argument.numel() == 0
+    return _row(argument.dtype, size) if empty else argument
+
+
+_TRIVIAL: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
+    (torch.neg, (torch.empty(0),)),
+    (torch.add, (torch.empty(0),) * 2),
+    (torch.addcmul, (torch.empty(0),) * 3),
+)
+"""By number of operands: operations that take no longer than reading and writing."""

@@ -64,6 +64,8 @@ def totals_view(plan: Plan) -> RenderableType:
     grid.add_row("[bold]error", _error_line(plan))
     if plan.verification is not None:
         grid.add_row("[bold]measured", _measured_line(plan.verification))
+    if plan.trial is not None:
+        grid.add_row("[bold]trial", plan.trial.sentence)
     grid.add_row("[bold]budget", f"{plan.budget.limit:.2g}: {plan.budget.origin}")
     grid.add_row("[bold]bound", _bound_line(totals))
     grid.add_row("[bold]made for", f"target {plan.target}, graph {plan.fingerprint[:12]}")

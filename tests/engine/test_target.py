@@ -11,7 +11,14 @@ import torch
 from precision_compiler import measure
 from precision_compiler.errors import TargetError
 from precision_compiler.formats import FORMATS
-from precision_compiler.measure import Machine, alternate, layout_key, measured_machine, random_like
+from precision_compiler.measure import (
+    Machine,
+    Traffic,
+    alternate,
+    layout_key,
+    measured_machine,
+    random_like,
+)
 from precision_compiler.target import FormatRate, Target
 from tests.helpers import machine
 
@@ -190,6 +197,19 @@ def test_contraction_takes_as_long_as_its_slower_half() -> None:
     assert target.contraction_seconds(4e12, 1, "bf16") == pytest.approx(1.0 + 1e-6)
 
 
+TRAFFIC = Traffic((1e3, 1e6), (1e-7, 1e-4), (2e-7, 4e-4))
+
+
+def test_traffic_is_interpolated_between_sizes_and_flat_beyond() -> None:
+    assert TRAFFIC.read_seconds(1e3) == pytest.approx(1e-7)
+    assert TRAFFIC.read_seconds(2e4) == pytest.approx(2e-6)
+    assert TRAFFIC.write_seconds(1e6) == pytest.approx(4e-4)
+    assert TRAFFIC.write_seconds(1e9) == pytest.approx(0.4)
+    assert TRAFFIC.write_seconds(1e3**1.5) == pytest.approx(1e3**1.5 * 3e-10)  # halfway
+    assert TRAFFIC.write_seconds(0) == 0.0
+    assert TRAFFIC.bandwidth == pytest.approx(2e6 / 5e-4)
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Measurements that take no time, and a list of what was measured."""
@@ -199,12 +219,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         taken.append("rates")
         return {"fp32": 1e11, "bf16": 3e11, "fp16": 1e10}
 
-    def stream() -> float:
+    def stream() -> Traffic:
         taken.append("bandwidth")
-        return 2e10
+        return TRAFFIC
 
     monkeypatch.setattr(measure, "_matmul_flops", rates)
-    monkeypatch.setattr(measure, "_bandwidth", stream)
+    monkeypatch.setattr(measure, "_traffic", stream)
     return taken
 
 
@@ -229,9 +249,7 @@ def test_damaged_measurements_are_taken_anew(damage: str, tmp_path: Path, quick:
     assert json.loads(first.path.read_text())["identity"]
 
 
-@pytest.mark.parametrize(
-    "key", ["identity", "matmul_flops", "bandwidth", "launch_seconds", "cases"]
-)
+@pytest.mark.parametrize("key", ["identity", "matmul_flops", "traffic", "launch_seconds", "cases"])
 @pytest.mark.parametrize("value", [None, [], "text"])
 def test_damaged_key_is_measured_anew(
     key: str, value: object, tmp_path: Path, quick: list[str]
@@ -273,7 +291,7 @@ def test_cases_are_timed_once_and_kept(tmp_path: Path, quick: list[str]) -> None
 def test_folder_that_cannot_be_written_only_costs_the_next_measurement(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     found = measured_machine(tmp_path / "file" / "folder")
-    assert found.bandwidth == 2e10
+    assert found.traffic == TRAFFIC
     assert found.seconds({"a": lambda: None})["a"] >= 0
 
 
@@ -312,5 +330,5 @@ def test_layouts_that_may_differ_in_time_have_different_keys() -> None:
 
 
 def test_machines_differ_by_what_they_hold(tmp_path: Path) -> None:
-    one = Machine("a", 1, {}, 1.0, 1.0, tmp_path)
+    one = Machine("a", 1, {}, TRAFFIC, 1.0, tmp_path)
     assert replace(one, threads=2) != one

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from precision_compiler.graph import contraction_rule, is_matrix_product
-from precision_compiler.measure import Machine
+from precision_compiler.measure import Machine, Traffic
 from precision_compiler.passes.cost.price_contractions import PriceContractions, roofline
 from precision_compiler.pipeline import Unit
 from precision_compiler.target import Target
@@ -71,9 +71,12 @@ def test_what_is_no_contraction_has_no_roofline() -> None:
         roofline(nodes["b"], "fp32", machine())
 
 
+TRAFFIC = Traffic((1.0, 1e9), (1e-10, 0.1), (1e-10, 0.1))
+
+
 def here(folder: Path, **rates: float) -> Target:
     """This machine with given matmul rates."""
-    own = Machine("here", 1, rates, 1e10, 1e-6, folder / "here.json")
+    own = Machine("here", 1, rates, TRAFFIC, 1e-6, folder / "here.json")
     target = machine(**rates)
     return Target(**{**vars(target), "machine": own})
 

@@ -3,7 +3,8 @@
 import pytest
 
 from precision_compiler.formats import FORMATS
-from precision_compiler.passes.cost.price_traffic import PriceTraffic, fuses
+from precision_compiler.passes.cost.find_kernels import FindKernels, is_fused
+from precision_compiler.passes.cost.price_traffic import PriceTraffic
 from precision_compiler.pipeline import Unit
 from tests.helpers import graph, machine, unit_of
 
@@ -13,6 +14,7 @@ LAUNCH = 1e-6
 
 def priced(described: str) -> Unit:
     unit = unit_of(graph(described), target=machine())
+    assert not FindKernels().run(unit)
     assert not PriceTraffic().run(unit)
     return unit
 
@@ -74,5 +76,5 @@ def test_every_operand_and_result_of_a_contraction_has_prices_in_every_format() 
 )
 def test_what_fuses_is_pointwise_or_a_reduction(op: str, joins: bool) -> None:
     nodes = {node.name: node for node in graph(f"x:f32[4,4] | a = {op} | return a").graph.nodes}
-    assert fuses(nodes["a"]) == joins
-    assert not fuses(nodes["x"])
+    assert is_fused(nodes["a"]) == joins
+    assert not is_fused(nodes["x"])

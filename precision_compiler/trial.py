@@ -1,0 +1,146 @@
+"""Time compiled training steps in turn, and tell which plan is really the fastest here."""
+
+import copy
+import gc
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from precision_compiler.calling import Loss, call_model, left_as_it_was, loss_of
+from precision_compiler.measure import Machine, layout_key
+from precision_compiler.plan import Trial
+from precision_compiler.problem import Problem
+
+MARGIN = 0.02
+"""Share by which another assignment must be faster to replace the solver's: below is noise."""
+
+_FEWEST_TURNS, _MOST_TURNS = 5, 25
+_ENOUGH = 4.0  # seconds per candidate
+_UNTIMED = 2  # first steps, which compile
+_MOST_SCALE = 5.0  # of what traffic alone would take
+
+Compile = Callable[[nn.Module, str], nn.Module]
+Label = Literal["plan", "fp32", "autocast"]
+
+
+def run_trial(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss | None,
+    candidates: Mapping[str, str],
+    compiled: Compile,
+    machine: Machine,
+) -> Trial:
+    """Compile a copy of the model for every candidate, and time forward and backward passes.
+
+    Args:
+        model: the module; left as it was.
+        batch: what it is called with.
+        loss: as for ``make_plan``.
+        candidates: digest of the decisions by label: "fp32", "autocast" and "plan".
+        compiled: compiles a module in place for the candidate of a label.
+        machine: keeps the times, so that the same steps are not timed twice.
+    """
+    where = hashlib.sha256(layout_key(torch.utils._pytree.tree_leaves(batch)).encode()).hexdigest()
+    keys = {label: f"step {digest} {where[:16]}" for label, digest in candidates.items()}
+    missing = [label for label in candidates if keys[label] not in machine.cases]
+    if missing:
+        steps = {label: _step(compiled(copy.deepcopy(model), label), batch, loss) for label in keys}
+        with left_as_it_was(model):
+            machine.keep({keys[label]: value for label, value in _alternate(steps).items()})
+        del steps
+        gc.collect()
+    seconds = {label: machine.cases[key] for label, key in keys.items()}
+    return judged(seconds, bool(missing))
+
+
+def judged(seconds: Mapping[str, float], now: bool = True) -> Trial:
+    """The winner of measured steps, with a sentence on it."""
+    fastest = cast(Label, min(seconds, key=lambda label: seconds[label]))
+    winner: Label = fastest if seconds[fastest] < (1 - MARGIN) * seconds["plan"] else "plan"
+    times = ", ".join(f"{label} {1e3 * value:.1f} ms" for label, value in seconds.items())
+    names = {"plan": "the solver's formats", "fp32": "float32", "autocast": "autocast's formats"}
+    if winner == "plan":
+        why = "are kept: nothing else was faster by more than 2 %"
+    else:
+        slower = seconds["plan"] / seconds[winner] - 1
+        why = f"{'is' if winner == 'fp32' else 'are'} kept: the solver's took {slower:.0%} longer"
+    when = "measured now" if now else "measured earlier"
+    return Trial(dict(seconds), winner, f"{names[winner]} {why} ({times}; {when})")
+
+
+def _step(model: nn.Module, batch: Any, loss: Loss | None) -> Callable[[], None]:
+    def run() -> None:
+        value = loss_of(call_model(model, batch), batch, loss)
+        value.backward()  # type: ignore[no-untyped-call]
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def _alternate(steps: Mapping[str, Callable[[], None]]) -> dict[str, float]:
+    """Median seconds of every step, all run in turn."""
+    for step in steps.values():
+        for _ in range(_UNTIMED):
+            step()
+    times: dict[str, list[float]] = {label: [] for label in steps}
+    for turn in range(_MOST_TURNS):
+        if turn >= _FEWEST_TURNS and all(sum(found) > _ENOUGH for found in times.values()):
+            break
+        for label, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[label].append(time.perf_counter() - start)
+    return {label: statistics.median(found) for label, found in times.items()}
+
+
+class Calibrated:
+    """A problem's times, corrected by two steps that were measured.
+
+    Prices add up operations timed one by one; the generated kernels between the contractions
+    are known by their traffic alone. What these take is scaled, and the fixed time set, so that
+    the float32 step and that of autocast's formats come out as measured.
+
+    Attributes:
+        scale: factor on the traffic's prices.
+        fixed: seconds that formats do not change.
+    """
+
+    def __init__(
+        self, problem: Problem, baseline: Mapping[str, str], fp32: float, autocast: float
+    ) -> None:
+        """Solve for scale and fixed time.
+
+        Args:
+            problem: with its prices.
+            baseline: autocast's policy as an assignment.
+            fp32: measured seconds of the float32 step.
+            autocast: measured seconds of the step with ``baseline``.
+        """
+        self.problem = problem
+        wide = problem.uniform()
+        traffic = self._traffic(wide) - self._traffic(baseline)
+        saved = fp32 - autocast - (self._contractions(wide) - self._contractions(baseline))
+        self.scale = min(max(saved / traffic, 0.0), _MOST_SCALE) if traffic > 0 else 1.0
+        rest = fp32 - self._contractions(wide) - self.scale * self._traffic(wide)
+        self.fixed = max(0.0, rest)
+
+    def seconds(self, assignment: Mapping[str, str]) -> float:
+        """Predicted seconds of the step with an assignment."""
+        varying = self._contractions(assignment) + self.scale * self._traffic(assignment)
+        return self.fixed + varying
+
+    def _contractions(self, assignment: Mapping[str, str]) -> float:
+        prices = self.problem.prices.contractions
+        return sum(prices[name][assignment[name]] for name in self.problem.links.contractions)
+
+    def _traffic(self, assignment: Mapping[str, str]) -> float:
+        prices = self.problem.prices
+        stored = sum(prices.stores[name][assignment[name]] for name in self.problem.links.stores)
+        casts = self.problem.casts(assignment)
+        return stored + sum(prices.casts[source][name] for source, name in casts)
