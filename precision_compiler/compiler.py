@@ -1,7 +1,7 @@
 """Read this first: batch -> capture -> analyse -> cost -> assign -> verify -> rewrite -> plan."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
@@ -153,10 +153,7 @@ class Decision:
         if trial is not None and trial.winner != "plan":
             solution = unit.problem.solution(self.candidates[trial.winner], solution.bound)
             verification = None
-        chosen = replace(
-            unit, joint=self.captured.joint.copy(), solution=solution,
-            assignment=dict(solution.assignment), journal=unit.journal.copy(),
-        )  # fmt: skip
+        chosen = unit.to_rewrite(self.captured.joint.copy(), solution)
         if trial is not None:
             chosen.journal.note("run-trial", trial.sentence)
         Pipeline(REWRITE, given=frozenset({"assignment"})).run(chosen, progress)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from typing import ClassVar, Protocol
@@ -106,6 +106,15 @@ class Unit:
             self.contraction_prices, self.store_prices, self.cast_prices, self.fixed_seconds
         )
         return Problem(self.links, options, prices, self.statistics, dict(self.raised))
+
+    def to_rewrite(self, joint: JointGraph, solution: Solution) -> "Unit":
+        """A unit with the same findings that carries out a solution on a graph of its own."""
+        twin = replace(
+            self, joint=joint, solution=solution, assignment=dict(solution.assignment),
+            journal=self.journal.copy(),
+        )  # fmt: skip
+        twin.__dict__.update(links=self.links, problem=self.problem)  # of the graph as captured
+        return twin
 
     def raise_sites(self, factors: Mapping[str, float]) -> None:
         """Multiply predicted variances of sites; the problem is posed anew."""

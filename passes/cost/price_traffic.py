@@ -76,9 +76,13 @@ class PriceTraffic:
 
 
 def _is_priced(kernel: Kernel, nodes: Mapping[str, fx.Node]) -> bool:
-    """Not the contractions, whose prices include what they read and write."""
-    known = (nodes[name] for name in kernel.nodes if name in nodes)
-    return kernel.generated or not any(map(contraction_rule, known))
+    """Not the contractions, whose prices include what they read and write.
+
+    A library call without any node of the graph is one that Inductor put in the place of several,
+    such as a product and the addition of a bias.
+    """
+    known = [nodes[name] for name in kernel.nodes if name in nodes]
+    return kernel.generated or (bool(known) and not any(map(contraction_rule, known)))
 
 
 def _root(name: str, nodes: Mapping[str, fx.Node]) -> str:
