@@ -12,7 +12,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from precision_compiler.calling import Loss, unbroken_by_logging
+from precision_compiler.calling import Loss, apart, unbroken_by_logging
 from precision_compiler.capture import capture, captured_alone
 from precision_compiler.compiler import Decision, as_target, check_plan, decide, plan_for, rewrite
 from precision_compiler.errors import PlanError, PrecisionError
@@ -214,7 +214,10 @@ def emulate(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def _installed(model: nn.Module, backend: PrecisionBackend) -> nn.Module:
-    compiled = torch.compile(model._call_impl, backend=backend)  # what model.compile does
+    def call(*args: Any, **kwargs: Any) -> Any:  # what model.compile compiles
+        return model._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    compiled = torch.compile(apart(call), backend=backend)
     model._compiled_call_impl = _with_our_errors(unbroken_by_logging(compiled))
     model.__dict__[_ATTRIBUTE] = backend
     return model

@@ -1,7 +1,9 @@
 """Call a user's model on a batch, find its loss, and leave everything as it was."""
 
 import contextlib
+import itertools
 import logging
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch._dynamo.exc import TorchDynamoException
 from precision_compiler.errors import CaptureError
 
 Loss = Callable[[Any, Any], torch.Tensor]
+
+_numbers = itertools.count()
 
 _USER_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError)
 
@@ -61,6 +65,19 @@ def loss_of(output: Any, batch: Any, loss: Loss | None) -> torch.Tensor:
             "the loss depends on no parameter that requires a gradient: there is nothing to train"
         )
     return value.reshape(())
+
+
+def apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own.
+
+    Dynamo keeps what it has compiled with the code object, for a few variants at most: so that
+    nothing stays behind in functions that others use, and models do not crowd each other out.
+    """
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    return types.FunctionType(
+        code, function.__globals__, code.co_name, function.__defaults__, function.__closure__
+    )
 
 
 def unbroken_by_logging(compiled: Callable[..., Any]) -> Callable[..., Any]:

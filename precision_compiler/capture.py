@@ -1,7 +1,5 @@
 """A model and a batch become one joint graph with real inputs, and the way to its loss."""
 
-import itertools
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +9,7 @@ from torch import fx, nn
 
 from precision_compiler.calling import (
     Loss,
+    apart,
     call_model,
     clear_errors,
     left_as_it_was,
@@ -23,8 +22,6 @@ from precision_compiler.joint import JointGraph, trace_joint
 from precision_compiler.paper import has_no_weights, on_paper
 
 Forward = Callable[[], Sequence[Any]]
-
-_numbers = itertools.count()
 
 
 @dataclass
@@ -163,12 +160,9 @@ class _Recorder:
         def call() -> Any:
             return call_model(model, batch)
 
-        # Dynamo keeps its caches with the code object: a new one, so that nothing of this capture
-        # stays behind in the user's functions.
-        code = call.__code__.replace(co_name=f"captured_call_{next(_numbers)}")
-        fresh = types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
+        fresh = apart(call)
         assert call.__closure__ is not None
-        self._batch = call.__closure__[code.co_freevars.index("batch")]
+        self._batch = call.__closure__[call.__code__.co_freevars.index("batch")]
         compiled = torch.compile(fresh, backend=self, fullgraph=True, dynamic=False)
         self.function = unbroken_by_logging(compiled)
 
