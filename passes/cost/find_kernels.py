@@ -97,6 +97,6 @@ def _outlives(node: fx.Node, group: set[fx.Node], backward: bool, saved: frozens
     for user in waiting:
         if is_movement(user):
             waiting.extend(user.users)
-        elif user not in group and _is_backward(user) == backward:
+        elif user.op == "output" or (user not in group and _is_backward(user) == backward):
             return True
     return False

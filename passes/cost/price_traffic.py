@@ -1,6 +1,6 @@
 """See PriceTraffic."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -13,7 +13,13 @@ from torch.utils import _pytree as pytree
 
 from precision_compiler.formats import FORMATS
 from precision_compiler.fusion import Kernel
-from precision_compiler.graph import contraction_rule, root_of, shape_of, value_of
+from precision_compiler.graph import (
+    contraction_rule,
+    is_matrix_product,
+    root_of,
+    shape_of,
+    value_of,
+)
 from precision_compiler.measure import Machine, layout_key
 from precision_compiler.passes.cost.find_kernels import is_fused
 from precision_compiler.pipeline import Numerics, Unit
@@ -31,7 +37,10 @@ class PriceTraffic:
     2. A copy in another format, where a fused kernel makes the tensor, fuses into it: it costs
        its own bytes and no launch. Elsewhere (parameters, inputs, results of contractions) it is
        a kernel of its own: read, write, launch.
-    3. A format that needs a scale reads the tensor once more, for its amax.
+    3. A format that needs a scale takes one more kernel that reads the tensor: its amax joins
+       the kernel that makes it, or is one of its own, and only then it can be cast. Where the
+       hardware multiplies only operands that are contiguous along the sum, a copy is written
+       once for each way in which its readers sum over it.
     4. Formats change nothing about launches, tensors that are no site, and arithmetic, which is
        float32: together they are the fixed time. On this machine arithmetic is timed, operation
        by operation, on tensors that stay in its caches; on others it hides behind the traffic.
@@ -57,11 +66,17 @@ class PriceTraffic:
             }
             for node, name in stores.items()
         }
+        rigid = {fmt for fmt, rate in unit.target.formats.items() if rate.layouts == "tn"}
         sources = {link.source for link in unit.links.reads}
         sources |= {unit.links.stores[store].node for store in unit.links.writer}
+        layouts = _layouts(unit, nodes)
         unit.cast_prices = {
-            source: {fmt: cast_seconds(nodes[source], fmt, unit.target) for fmt in FORMATS}
+            source: {
+                fmt: cast_seconds(nodes[source], fmt, unit.target, ways if fmt in rigid else 1)
+                for fmt in FORMATS
+            }
             for source in sorted(sources)
+            for ways in [layouts.get(source, 1)]
         }
         others = (set(read) | set(written)) - set(stores)
         unit.fixed_seconds = sum(
@@ -98,14 +113,36 @@ def _seconds(node: fx.Node, width: float | None, reads: int, writes: int, unit: 
     return reads * unit.target.read_seconds(size) + writes * unit.target.write_seconds(size)
 
 
-def cast_seconds(node: fx.Node, fmt: str, target: Target) -> float:
-    """Rules 2 and 3: seconds of a copy of a float32 tensor in a format."""
+def cast_seconds(node: fx.Node, fmt: str, target: Target, layouts: int = 1) -> float:
+    """Rules 2 and 3: seconds of a copy of a float32 tensor in a format.
+
+    Args:
+        node: computes the tensor.
+        fmt: the format.
+        target: the machine.
+        layouts: ways in which the copy must lie in memory, each written once.
+    """
     elements = prod(shape_of(node))
-    seconds = target.write_seconds(elements * FORMATS[fmt].bytes)
-    whole = target.read_seconds(elements * FORMATS["fp32"].bytes)
-    if FORMATS[fmt].scaled:
-        seconds += whole
-    return seconds if is_fused(node) else seconds + whole + target.launch_seconds
+    written = layouts * target.write_seconds(elements * FORMATS[fmt].bytes)
+    read = target.read_seconds(elements * FORMATS["fp32"].bytes) + target.launch_seconds
+    passes = int(not is_fused(node)) + int(FORMATS[fmt].scaled)
+    return written + passes * read
+
+
+def _layouts(unit: Unit, nodes: Mapping[str, fx.Node]) -> dict[str, int]:
+    """By source: in how many ways its readers want it, where products sum along rows only."""
+    wanted: dict[str, set[bool]] = defaultdict(set)
+    for link in unit.links.reads:
+        contraction = nodes[unit.links.contractions[link.contraction].node]
+        argument = contraction.args[link.argument]
+        rule = contraction_rule(contraction)
+        if rule is None or not isinstance(argument, fx.Node) or not is_matrix_product(contraction):
+            continue
+        summed = -1 if link.argument == rule.operands[0] else -2
+        value = value_of(argument)
+        if value is not None and link.argument in rule.operands:
+            wanted[link.source].add(value.stride(summed) == 1)
+    return {source: len(ways) for source, ways in wanted.items()}
 
 
 def _arithmetic(kernels: Iterable[Kernel], nodes: Mapping[str, fx.Node], machine: Machine) -> float:

@@ -1,5 +1,7 @@
 """Prices of stored tensors and of casts, by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from precision_compiler.formats import FORMATS
@@ -55,14 +57,15 @@ def test_tensor_is_written_once_and_read_once_per_kernel(
 def test_cast_joins_the_kernel_that_makes_the_tensor() -> None:
     row = priced("x:f32[32,32] | a = relu x | b = mm a x | return b").cast_prices["a"]
     assert row["bf16"] == pytest.approx(2 * ELEMENTS / 1e12)
-    assert row["e4m3"] == pytest.approx((1 + 4) * ELEMENTS / 1e12)  # amax first
+    # its amax joins as well, and then a kernel of its own casts it
+    assert row["e4m3"] == pytest.approx((1 + 4) * ELEMENTS / 1e12 + LAUNCH)
 
 
 def test_cast_of_an_input_or_a_contractions_result_is_a_kernel_of_its_own() -> None:
     prices = priced("x:f32[32,32] | a = mm x x | b = mm a x | return b").cast_prices
     for source in ("x", "a"):
         assert prices[source]["bf16"] == pytest.approx((2 + 4) * ELEMENTS / 1e12 + LAUNCH)
-        assert prices[source]["e5m2"] == pytest.approx((1 + 4 + 4) * ELEMENTS / 1e12 + LAUNCH)
+        assert prices[source]["e5m2"] == pytest.approx((1 + 4 + 4) * ELEMENTS / 1e12 + 2 * LAUNCH)
 
 
 def test_every_operand_and_result_of_a_contraction_has_prices_in_every_format() -> None:
@@ -78,3 +81,26 @@ def test_what_fuses_is_pointwise_or_a_reduction(op: str, joins: bool) -> None:
     nodes = {node.name: node for node in graph(f"x:f32[4,4] | a = {op} | return a").graph.nodes}
     assert is_fused(nodes["a"]) == joins
     assert not is_fused(nodes["x"])
+
+
+@pytest.mark.parametrize(
+    ("readers", "ways"),
+    [
+        ("b = mm x y", 1),  # sums over x's rows
+        ("b = mm t y", 1),  # and over its columns
+        ("b = mm x y | c = mm t y", 2),
+        ("b = mm x y | c = mm x t", 1),  # a transposed view is summed over x's rows again
+    ],
+)
+def test_rows_only_hardware_needs_a_copy_for_each_way_of_summing(readers: str, ways: int) -> None:
+    results = " ".join(word for word in "bc" if f"{word} =" in readers)
+    unit = unit_of(
+        graph(f"x:f32[32,32] y:f32[32,32] | t = t x | {readers} | return {results}"),
+        target=machine(fp32=1e12, e4m3=4e12),
+    )
+    rates = {name: replace(rate, layouts="tn") for name, rate in unit.target.formats.items()}
+    unit.machine = replace(unit.target, formats=rates)
+    FindKernels().run(unit)
+    PriceTraffic().run(unit)
+    price = unit.cast_prices["x"]["e4m3"]
+    assert price == pytest.approx((ways + 4 + 4) * ELEMENTS / 1e12 + 2 * LAUNCH)
