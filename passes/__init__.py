@@ -11,6 +11,7 @@ from precision_compiler.passes.analyse.raise_flags import RaiseFlags
 from precision_compiler.passes.assign.choose_formats import ChooseFormats
 from precision_compiler.passes.assign.score_autocast import ScoreAutocast
 from precision_compiler.passes.assign.set_budget import SetBudget
+from precision_compiler.passes.cost.check_support import CheckSupport
 from precision_compiler.passes.cost.find_kernels import FindKernels
 from precision_compiler.passes.cost.price_contractions import PriceContractions
 from precision_compiler.passes.cost.price_traffic import PriceTraffic
@@ -22,6 +23,7 @@ from precision_compiler.pipeline import Pass
 
 JUDGE: tuple[Pass, ...] = (
     RaiseFlags(),
+    CheckSupport(),
     FindKernels(),
     PriceContractions(),
     PriceTraffic(),

@@ -29,6 +29,9 @@ class Format:
         has_nan: whether there is a NaN; a format with neither saturates whatever is asked for.
         has_negative_zero: whether zero has a sign.
         signed: False for a format of positive numbers alone, which has no zero either.
+        block: elements along the summed axis that share a scale, in formats whose blocks have
+            one.
+        scale_bits: an element's share of the storage of block scales, in bits.
     """
 
     name: str
@@ -42,11 +45,13 @@ class Format:
     has_nan: bool = True
     has_negative_zero: bool = True
     signed: bool = True
+    block: int = 0
+    scale_bits: float = 0.0
 
     @property
     def bytes(self) -> float:
-        """Bytes of one stored element."""
-        return self.bits / 8
+        """Bytes of one stored element, its share of block scales included."""
+        return (self.bits + self.scale_bits) / 8
 
     @property
     def smallest_subnormal(self) -> float:

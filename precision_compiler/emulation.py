@@ -10,24 +10,25 @@ from typing import Any
 import torch
 
 from precision_compiler import attention
-from precision_compiler.formats import format_named, quantised
+from precision_compiler.formats import choice_named, quantised
 
 aten = torch.ops.aten
 
 
 @torch.library.custom_op("precision_compiler::quantise", mutates_args=())
-def quantise(x: torch.Tensor, name: str) -> torch.Tensor:
+def quantise(x: torch.Tensor, name: str, axis: int = -1) -> torch.Tensor:
     """Round a tensor to a format and return it in its own dtype.
 
     A scaled format is scaled by the power of two that brings the tensor's amax just below the
-    format's largest number; the scale is taken out again, both exactly.
+    format's largest number; the scale is taken out again, both exactly. Blocks of a block format
+    lie along ``axis``, the one that a product sums over.
     """
-    made = quantised(x, format_named(name))
+    made = quantised(x, choice_named(name), axis=axis)
     return made.clone() if made is x else made  # an operation of its own returns a new tensor
 
 
 @quantise.register_fake
-def _(x: torch.Tensor, name: str) -> torch.Tensor:
+def _(x: torch.Tensor, name: str, axis: int = -1) -> torch.Tensor:
     return torch.empty_like(x)
 
 
@@ -108,7 +109,7 @@ EMULATED_ATTENTION: dict[Any, Any] = {
 
 
 def _rounding(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    fmt = format_named(name)
+    fmt = choice_named(name)
     return lambda x: quantised(x, fmt)
 
 

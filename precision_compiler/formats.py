@@ -1,18 +1,26 @@
 """Number formats, rounding to them, and the size of the errors that rounding makes."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from math import frexp, isfinite, log, log10
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
 from precision_compiler.elements import E8M0, FORMATS, Format, format_named, format_of_dtype
+from precision_compiler.errors import FormatError
 from precision_compiler.rounding import power_of_two, round_stochastically, round_to, ulp
+from precision_compiler.scaled import rounded
+from precision_compiler.scaling import SCALED_FORMATS
 
 __all__ = [
+    "CHOICES",
     "E8M0",
     "FORMATS",
     "LOG_UNIFORM_SQUARE",
     "Format",
+    "choice_named",
     "format_named",
     "format_of_dtype",
     "largest_magnitude",
@@ -25,6 +33,22 @@ __all__ = [
     "scale_exponent",
     "ulp",
 ]
+
+CHOICES: Mapping[str, Format] = MappingProxyType(
+    dict(FORMATS)
+    | {
+        name: replace(
+            row.element,
+            name=name,
+            dtype=None,
+            scaled=True,
+            block=row.scaling.size,
+            scale_bits=row.scaling.bits,
+        )
+        for name, row in SCALED_FORMATS.items()
+    }
+)
+"""Every format that a plan can give a site: those of single elements, and of whole blocks."""
 
 _SAFE_EXPONENT = 60
 
@@ -50,14 +74,32 @@ def largest_magnitude(x: torch.Tensor) -> float:
     return float(torch.maximum(-lowest, highest))
 
 
-def quantised(x: torch.Tensor, fmt: Format, amax: float | None = None) -> torch.Tensor:
+def choice_named(name: str) -> Format:
+    """Return the format of ``CHOICES`` called ``name``.
+
+    Raises:
+        FormatError: there is no such format; the message lists those there are.
+    """
+    if name not in CHOICES:
+        raise FormatError(f"unknown format {name!r}: choose one of {', '.join(CHOICES)}")
+    return CHOICES[name]
+
+
+def quantised(
+    x: torch.Tensor, fmt: Format, amax: float | None = None, axis: int = -1
+) -> torch.Tensor:
     """Round a float32 tensor to a format under the scale that its largest magnitude asks for.
 
     Args:
         x: the tensor, or a part of it.
         fmt: a scaled format takes ``2**scale_exponent``; both scaling and unscaling are exact.
+            In a block format every block has a scale of its own.
         amax: largest magnitude of the whole tensor, if ``x`` is a part of it.
+        axis: along which the blocks of a block format lie.
     """
+    if fmt.block:
+        row = SCALED_FORMATS[fmt.name]
+        return rounded(x, row.element, row.scaling, axis)
     if not fmt.scaled:
         return round_to(x, fmt)
     exponent = scale_exponent(largest_magnitude(x) if amax is None else amax, fmt)

@@ -4,10 +4,10 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from types import MappingProxyType
 
-from precision_compiler.formats import FORMATS
+from precision_compiler.formats import CHOICES
 
 GEMM_BYTES: Mapping[str, float] = MappingProxyType(
-    {name: row.bytes for name, row in FORMATS.items()}
+    {name: row.bytes for name, row in CHOICES.items()}
     | {"mxfp8": 1.0, "mxfp6": 0.75, "mxfp4": 0.5, "nvfp4": 0.5, "int8": 1.0}
 )
 """Bytes of one element, scales of blocks not counted (OCP Microscaling v1.0; NVIDIA NVFP4)."""

@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from precision_compiler.formats import FORMATS, Format
+from precision_compiler.formats import CHOICES, Format
 from precision_compiler.plan import Plan, SiteChoice
 from precision_compiler.sites import Site
 from precision_compiler.statistics import METRICS, Sensitivity
@@ -121,7 +121,7 @@ def lend(sites: Sequence[Site], formats: Iterable[str], sibling: Plan | None) ->
 def _from_formats(site: Site, formats: Iterable[str], layers: int) -> Loan:
     operands = 2 if site.kind == "contraction" else 1
     variances = {
-        name: operands * _LOG_UNIFORM * 4.0 ** -FORMATS[name].precision / layers
+        name: operands * _LOG_UNIFORM * 4.0 ** -CHOICES[name].precision / layers
         for name in formats
         if name != "fp32"
     }

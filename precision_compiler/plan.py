@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from precision_compiler.errors import BudgetError, PlanError
 from precision_compiler.flags import Flag
-from precision_compiler.formats import FORMATS
+from precision_compiler.formats import CHOICES
 from precision_compiler.journal import STRICT, JournalEntry
 
 SCHEMA_VERSION = 3
@@ -378,7 +378,7 @@ class Plan:
                 f"{origin} is not a plan ({error}): make it with 'precision-compiler plan'"
             ) from error
         for name, choice in plan.sites.items():
-            if choice.format not in FORMATS:
+            if choice.format not in CHOICES:
                 raise PlanError(f"{origin} gives {name} the unknown format {choice.format!r}")
         return plan
 

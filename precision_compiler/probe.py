@@ -19,12 +19,13 @@ from precision_compiler.accumulation import (
 )
 from precision_compiler.attention import substitutes
 from precision_compiler.facts import facts_of
-from precision_compiler.formats import Format
+from precision_compiler.formats import Format, quantised
 from precision_compiler.graph import (
     CONVERT,
     base_name,
     contraction_rule,
     is_float32,
+    is_matrix_product,
     is_movement,
 )
 from precision_compiler.links import Links
@@ -119,7 +120,10 @@ class Probe:
             formats: formats that tensors are really rounded to.
             accumulators: formats whose contractions the target does not add up in float32.
         """
-        self.formats, self.metric = formats, 0
+        self.formats = [fmt for fmt in formats if not fmt.block]
+        self.metric = 0
+        self._blocks = [fmt for fmt in formats if fmt.block]
+        self._block_errors: dict[Edge, dict[str, torch.Tensor]] = {}
         self._accumulators = accumulators or {}
         self._summed: dict[fx.Node, _Summed] = {}
         nodes = {node.name: node for node in graph.nodes}
@@ -236,12 +240,32 @@ class Probe:
             value = values(root)
             if root not in self._seen:
                 self._seen[root] = _range_of(value)
+            if (site, index) not in self._block_errors and is_matrix_product(node):
+                self._block_errors[site, index] = self._in_blocks(node, index, chain, values)
             if not torch.is_grad_enabled():
                 continue
             edge = value.view_as(value)
             self._watch(root, edge, (site, index), value)
             tapped[index] = _shown(edge, root, views, values)
         return tuple(tapped)
+
+    def _in_blocks(
+        self, node: fx.Node, index: int, chain: Sequence[fx.Node], values: Values
+    ) -> dict[str, torch.Tensor]:
+        """Errors of rounding an operand in blocks along the sum, where its root is sampled."""
+        rule, (root, *views) = contraction_rule(node), chain
+        if not self._blocks or rule is None or index not in rule.operands:
+            return {}
+        with torch.enable_grad():
+            leaf = values(root).detach().requires_grad_()
+            operand = _shown(leaf, root, views, values)
+        still, axis, found = operand.detach(), -1 if index == rule.operands[0] else -2, {}
+        for fmt in self._blocks:
+            error = quantised(still, fmt, axis=axis) - still
+            # The derivative of a view puts its elements back where they lie in the root.
+            (moved,) = torch.autograd.grad(operand, leaf, error, retain_graph=True)
+            found[fmt.name] = sampled(moved).clone()
+        return found
 
     def _tap_inside(self, site: str, counter: Iterator[int], value: torch.Tensor) -> torch.Tensor:
         place = site, next(counter)
@@ -274,7 +298,8 @@ class Probe:
             return
         observed = Observation(seen.value, self.formats)
         for key in dict.fromkeys([*seen.gradient, *(key for key, _ in seen.others)]):
-            found = _sensitivity(observed, seen, key)
+            errors = self._block_errors.get(key, {}) if isinstance(key, tuple) else {}
+            found = _sensitivity(observed, seen, key, errors)
             if isinstance(key, tuple):
                 self.operands[key] = found
             elif isinstance(place, tuple):
@@ -418,12 +443,17 @@ def _silent(seen: _Range) -> Sensitivity:
     return Sensitivity(empty, seen.amax, seen.count, seen.size)
 
 
-def _sensitivity(observed: Observation, seen: _Watched, key: str | Edge) -> Sensitivity:
+def _sensitivity(
+    observed: Observation,
+    seen: _Watched,
+    key: str | Edge,
+    errors: Mapping[str, torch.Tensor],
+) -> Sensitivity:
     weight = np.zeros((len(METRICS), _BINADES))
     row = seen.gradient.get(key)
     measured: Mapping[str, Any] = {}
     if row is not None:
-        weight[0], measured = observed.weight(row), observed.measured(row)
+        weight[0], measured = observed.weight(row), observed.measured(row, errors)
     for metric in range(1, len(METRICS)):
         weight[metric] = seen.others.get((key, metric), 0.0)
     return Sensitivity(weight, observed.amax, observed.count, observed.size, measured)

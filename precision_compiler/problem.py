@@ -8,21 +8,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from precision_compiler.formats import FORMATS
+from precision_compiler.formats import CHOICES
 from precision_compiler.links import Link, Links
 from precision_compiler.statistics import Correlation, Edge, Sensitivity, Statistics
 
 PAIR_COUNTS = 0.1
 """Correlation of two readers of a tensor from which it is part of the problem."""
 
-_GAUGE = FORMATS["bf16"]
+_GAUGE = CHOICES["bf16"]
 
 Table = Mapping[str, Mapping[str, float]]
 
 
 def entry_format(name: str) -> str:
     """The storage format a contraction reads: tf32 is what the hardware makes of fp32 bits."""
-    return "fp32" if FORMATS[name].bits == FORMATS["fp32"].bits else name
+    return "fp32" if CHOICES[name].bits == CHOICES["fp32"].bits else name
 
 
 def fixes_result(name: str) -> bool:
@@ -31,7 +31,7 @@ def fixes_result(name: str) -> bool:
     It does for every torch floating dtype with plain matmul support; scaled formats and tf32
     accumulate into whatever output format is asked for.
     """
-    fmt = FORMATS[name]
+    fmt = CHOICES[name]
     return fmt.dtype is not None and not fmt.scaled
 
 
@@ -42,7 +42,7 @@ def argument_format(link: Link, name: str) -> str:
 
 def result_format(name: str) -> str | None:
     """The format a contraction's result comes in; None where any can be asked for."""
-    if FORMATS[name].scaled:
+    if CHOICES[name].scaled:
         return None
     return name if fixes_result(name) else "fp32"
 
@@ -131,7 +131,7 @@ class Problem:
     def pair_variance(self, first: Link, second: Link, pair: Correlation, name: str) -> float:
         """What two readers in one format add to the sum of their variances."""
         factor = self.factor(first.contraction) * self.factor(second.contraction)
-        return float(2.0 * pair.covariance(FORMATS[name]) * factor**0.5)
+        return float(2.0 * pair.covariance(CHOICES[name]) * factor**0.5)
 
     def exact_sources(self, store: str) -> tuple[str, ...]:
         """Stored tensors that a stored tensor has its significant bits from, if all are narrow."""
@@ -139,7 +139,7 @@ class Problem:
 
     def rounds_again(self, stored: str, entered: str) -> bool:
         """Whether reading a stored tensor in another format rounds it once more."""
-        return not FORMATS[entered].refines(FORMATS[stored])
+        return not CHOICES[entered].refines(CHOICES[stored])
 
     def seconds(self, assignment: Mapping[str, str]) -> float:
         """Predicted time of an assignment: sites and the casts between them."""
@@ -240,7 +240,7 @@ class Problem:
         slot = (key, name, metric)
         if slot not in self._cache:
             self._cache[slot] = sum(
-                found.variance(FORMATS[name], metric=metric) for found in self._tensors(key)
+                found.variance(CHOICES[name], metric=metric) for found in self._tensors(key)
             )
         return self._cache[slot]
 

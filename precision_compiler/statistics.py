@@ -105,7 +105,13 @@ class Sensitivity:
         return self.signed_ratio(fmt) > COHERENT
 
     def flushed(self, fmt: Format) -> float:
-        """Share of the elements other than zero that round to zero in ``fmt``, 0 to 1."""
+        """Share of the elements other than zero that round to zero in ``fmt``, 0 to 1.
+
+        0 for block formats: what is lost in a block is small beside the rest of it, and in the
+        measured error.
+        """
+        if fmt.block:
+            return 0.0
         lost = _EXPONENTS + self.scale_exponent(fmt) < fmt.min_exponent - fmt.precision
         total = self.count.sum()
         return float(self.count[lost].sum() / total) if total else 0.0
@@ -193,10 +199,17 @@ class Observation:
         """``h^2`` by binade over the whole tensor, from sampled derivatives."""
         return binned(self.exponents, adjoint.double().square_()) * self.scale
 
-    def measured(self, adjoint: torch.Tensor) -> dict[str, Measured]:
-        """The effect of real rounding to every format, from sampled derivatives."""
+    def measured(
+        self, adjoint: torch.Tensor, errors: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, Measured]:
+        """The effect of real rounding to every format, from sampled derivatives.
+
+        Args:
+            adjoint: derivatives of the sampled elements.
+            errors: rounding errors of the sampled elements in further formats, by name.
+        """
         found = {}
-        for name, error in self.errors.items():
+        for name, error in (self.errors | dict(errors or {})).items():
             moved = adjoint * error
             variance = float(moved.norm(dtype=torch.float64)) ** 2
             signed = float(moved.sum(dtype=torch.float64)) ** 2
@@ -263,7 +276,12 @@ class Correlation:
     amax: float
 
     def covariance(self, fmt: Format) -> float:
-        """Covariance of the two effects when the tensor is rounded to ``fmt``."""
+        """Covariance of the two effects when the tensor is rounded to ``fmt``.
+
+        0 in block formats: readers that sum over other axes have other blocks and other errors.
+        """
+        if fmt.block:
+            return 0.0
         if fmt.scaled and fmt.name in self.measured:
             return self.measured[fmt.name]
         errors = rounding_variance(_EXPONENTS, fmt, scale_exponent(self.amax, fmt))

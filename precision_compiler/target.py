@@ -11,7 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from precision_compiler.errors import TargetError
 from precision_compiler.format_rates import QUANTISATIONS, FormatRate, Quantisation
-from precision_compiler.formats import FORMATS
+from precision_compiler.formats import CHOICES
 from precision_compiler.gemm import Product, gemm_seconds
 from precision_compiler.gemm_formats import GEMM_BYTES, nearest
 from precision_compiler.measure import Machine, measured_machine
@@ -211,9 +211,9 @@ class Target:
 def _check_names(target: Target) -> None:
     """Formats are known ones, float32 among them, and so are accumulators and scalings."""
     accumulators = [row.accumulate for row in target.formats.values()]
-    unknown = [name for name in (*target.formats, *accumulators) if name not in FORMATS]
+    unknown = [name for name in (*target.formats, *accumulators) if name not in CHOICES]
     if unknown or "fp32" not in target.formats:
-        words = [*FORMATS, *(name for name in GEMM_BYTES if name not in FORMATS)]
+        words = [*CHOICES, *(name for name in GEMM_BYTES if name not in CHOICES)]
         known = f"; formats are {', '.join(words)}"
         problem = f"unknown format {unknown[0]!r}" if unknown else "no rate for fp32"
         raise TargetError(f"target {target.name}: {problem}{known}")
@@ -237,7 +237,7 @@ def _sorted(table: Table) -> Table:
     formats = table.get("formats")
     if not isinstance(formats, dict):
         return table
-    apart = [name for name in formats if name in GEMM_BYTES and name not in FORMATS]
+    apart = [name for name in formats if name in GEMM_BYTES and name not in CHOICES]
     return {
         **table,
         "formats": {name: row for name, row in formats.items() if name not in apart},

@@ -13,7 +13,7 @@ import torch
 from precision_compiler.accumulation import Accumulator
 from precision_compiler.capture import Captured
 from precision_compiler.errors import AnalysisError, InternalError
-from precision_compiler.formats import FORMATS
+from precision_compiler.formats import CHOICES
 from precision_compiler.heap import freed_memory_kept
 from precision_compiler.joint import JointGraph
 from precision_compiler.links import find_links
@@ -75,10 +75,10 @@ class MeasureSensitivity:
         """Fill ``unit.statistics``."""
         if unit.captured is None:
             raise InternalError("analysis needs the captured graph with its inputs")
-        formats = [FORMATS[name] for name in unit.target.formats if name not in ("fp32", "tf32")]
+        formats = [CHOICES[name] for name in unit.target.formats if name not in ("fp32", "tf32")]
         memory = free_memory() / 2 if unit.memory is None else unit.memory
         accumulators = {
-            name: Accumulator(FORMATS[rate.accumulate], rate.accumulate_every)
+            name: Accumulator(CHOICES[rate.accumulate], rate.accumulate_every)
             for name, rate in unit.target.formats.items()
             if rate.accumulate != "fp32"
         }

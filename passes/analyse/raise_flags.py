@@ -7,13 +7,13 @@ from typing import ClassVar
 
 from precision_compiler.errors import InternalError
 from precision_compiler.flags import Flag
-from precision_compiler.formats import FORMATS, Format
+from precision_compiler.formats import CHOICES, Format
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.statistics import Sensitivity, Statistics, update_loss
 
 _INTO_NORMAL_RANGE = 256  # binades that lift every float32 number above any format's smallest
 _ALWAYS = ("fp32", "tf32", "bf16", "fp16", "e4m3", "e5m2")  # checked even if no target has them
-_WEIGHTS = FORMATS["bf16"]  # what weights would be kept in if not in float32
+_WEIGHTS = CHOICES["bf16"]  # what weights would be kept in if not in float32
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class RaiseFlags:
         for site in unit.joint.sites:
             tensors = list(_tensors(unit.statistics, site.name, site.kind))
             for name in unit.formats_for(site.kind):
-                unit.flags += self._of_site(site.name, tensors, FORMATS[name])
+                unit.flags += self._of_site(site.name, tensors, CHOICES[name])
         for name, seen in unit.statistics.ranges.items():
-            for fmt in FORMATS.values():
+            for fmt in CHOICES.values():
                 if fmt.name in _ALWAYS or fmt.name in unit.target.formats:
                     unit.flags += self._of_range(name, seen, fmt)
         unit.flags += [*_of_sums(unit.statistics), *_of_gradients(unit.statistics)]
@@ -132,7 +132,7 @@ class RaiseFlags:
 
 def _finite(number: float) -> float:
     """A number that JSON knows: infinities and NaN become the largest float32 number."""
-    return number if isfinite(number) else FORMATS["fp32"].max_finite
+    return number if isfinite(number) else CHOICES["fp32"].max_finite
 
 
 def _of_sums(statistics: Statistics) -> Iterator[Flag]:
@@ -149,7 +149,7 @@ def _of_sums(statistics: Statistics) -> Iterator[Flag]:
 def _of_accumulation(unit: Unit) -> Iterator[Flag]:
     assert unit.statistics is not None
     for (site, name), found in unit.statistics.accumulations.items():
-        running = FORMATS[unit.target.formats[name].accumulate]
+        running = CHOICES[unit.target.formats[name].accumulate]
         error, steps = found.variance**0.5, 2.0**running.precision
         sentence = (
             f"products are added up in {running.name}, which alone changes the gradient by "

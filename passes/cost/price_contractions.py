@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from precision_compiler.formats import FORMATS
+from precision_compiler.formats import CHOICES
 from precision_compiler.graph import contraction_rule, is_matrix_product, shape_of, value_of
 from precision_compiler.measure import Machine, layout_key, random_like
 from precision_compiler.pipeline import Numerics, Unit
@@ -90,7 +90,7 @@ def roofline(node: fx.Node, fmt: str, target: Target) -> float:
         (*batch, m, k), n = operands[0], operands[1][-1]
         if min(*batch, m, n, k) > 0:
             return target.gemm_seconds(m, n, k, format=fmt, quantise=False, batch=prod(batch))
-    width = FORMATS[fmt].bytes
+    width = CHOICES[fmt].bytes
     result_width = width if width >= 2 else 2.0  # narrow formats accumulate into 16 bits
     size = width * sum(map(prod, operands)) + result_width * sum(map(prod, results))
     flops = rule.flops(operands, results[0] if results else ())
@@ -99,7 +99,7 @@ def roofline(node: fx.Node, fmt: str, target: Target) -> float:
 
 def _case(node: fx.Node, fmt: str) -> tuple[str, Callable[[], Any]]:
     """The call of ``node`` in a format on random tensors, and the text that identifies it."""
-    dtype = FORMATS[fmt].dtype
+    dtype = CHOICES[fmt].dtype
     assert dtype is not None
     rounded = set(rounded_arguments(node).values())
 

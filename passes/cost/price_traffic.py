@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from precision_compiler.formats import FORMATS
+from precision_compiler.formats import CHOICES
 from precision_compiler.fusion import Kernel
 from precision_compiler.graph import (
     contraction_rule,
@@ -39,8 +39,9 @@ class PriceTraffic:
        a kernel of its own: read, write, launch.
     3. A format that needs a scale takes one more kernel that reads the tensor: its amax joins
        the kernel that makes it, or is one of its own, and only then it can be cast. Where the
-       hardware multiplies only operands that are contiguous along the sum, a copy is written
-       once for each way in which its readers sum over it.
+       hardware multiplies only operands that are contiguous along the sum, and in block formats,
+       a copy is written once for each way in which its readers sum over it; blocks of MX formats
+       need no amax of the whole tensor.
     4. Formats change nothing about launches, tensors that are no site, and arithmetic, which is
        float32: together they are the fixed time. On this machine arithmetic is timed, operation
        by operation, on tensors that stay in its caches; on others it hides behind the traffic.
@@ -61,19 +62,23 @@ class PriceTraffic:
         stores = {site.node: name for name, site in unit.links.stores.items()}
         unit.store_prices = {
             name: {
-                fmt: _seconds(nodes[node], FORMATS[fmt].bytes, read[node], written[node], unit)
+                fmt: _seconds(nodes[node], CHOICES[fmt].bytes, read[node], written[node], unit)
                 for fmt in unit.formats_for("storage")
             }
             for node, name in stores.items()
         }
-        rigid = {fmt for fmt, rate in unit.target.formats.items() if rate.layouts == "tn"}
+        rigid = {
+            fmt
+            for fmt, rate in unit.target.formats.items()
+            if rate.layouts == "tn" or CHOICES[fmt].block
+        }
         sources = {link.source for link in unit.links.reads}
         sources |= {unit.links.stores[store].node for store in unit.links.writer}
         layouts = _layouts(unit, nodes)
         unit.cast_prices = {
             source: {
                 fmt: cast_seconds(nodes[source], fmt, unit.target, ways if fmt in rigid else 1)
-                for fmt in FORMATS
+                for fmt in CHOICES
             }
             for source in sorted(sources)
             for ways in [layouts.get(source, 1)]
@@ -123,10 +128,16 @@ def cast_seconds(node: fx.Node, fmt: str, target: Target, layouts: int = 1) -> f
         layouts: ways in which the copy must lie in memory, each written once.
     """
     elements = prod(shape_of(node))
-    written = layouts * target.write_seconds(elements * FORMATS[fmt].bytes)
-    read = target.read_seconds(elements * FORMATS["fp32"].bytes) + target.launch_seconds
-    passes = int(not is_fused(node)) + int(FORMATS[fmt].scaled)
+    written = layouts * target.write_seconds(elements * CHOICES[fmt].bytes)
+    read = target.read_seconds(elements * CHOICES["fp32"].bytes) + target.launch_seconds
+    passes = int(not is_fused(node)) + int(_needs_amax(fmt, target))
     return written + passes * read
+
+
+def _needs_amax(fmt: str, target: Target) -> bool:
+    """Whether the whole tensor must have been read before any of it can be cast."""
+    rate, row = target.formats.get(fmt), CHOICES[fmt]
+    return row.scaled and (not row.block or (rate is not None and rate.tensor_scale))
 
 
 def _layouts(unit: Unit, nodes: Mapping[str, fx.Node]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from torch import fx
 
 from precision_compiler.emulation import EMULATED_ATTENTION, QUANTISE
 from precision_compiler.facts import NodeFacts, facts_of, set_facts, update_facts
-from precision_compiler.formats import FORMATS
+from precision_compiler.formats import CHOICES
 from precision_compiler.graph import CONVERT, Mover, contraction_rule, insert_call, root_of
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.problem import fixes_result
@@ -21,12 +21,14 @@ class EmulateFormats:
     """Emulate formats that torch cannot multiply or store as a plain dtype, or all formats.
 
     The numerics of a tensor core with float32 accumulation at the speed of float32: for trying
-    a plan, not for pace. Without ``everything`` only tf32, e4m3 and e5m2 are emulated, beside
-    casts that carry out the rest; with it, every format is, and there are no casts.
+    a plan, not for pace. Without ``everything`` only tf32 and formats with a scale are emulated,
+    beside casts that carry out the rest; with it, every format is, and there are no casts.
 
     1. A stored tensor is rounded where it is made; everything reads the rounded one.
     2. A contraction's arguments are rounded to its format, each (tensor, format) once. Small
        companions (biases) of scaled formats and tf32 stay float32, as in hardware.
+       In block formats each argument is rounded where it is read, in blocks along the axis that
+       the product sums over; every (argument, axis) once.
     3. Attention is computed by its formula, with what the kernel rounds inside rounded.
     """
 
@@ -46,7 +48,7 @@ class EmulateFormats:
         }
         found = _Emulator(unit.joint.module.graph, emulated).emulate()
         if found:
-            names = ", ".join(sorted(found, key=list(FORMATS).index))
+            names = ", ".join(sorted(found, key=list(CHOICES).index))
             unit.journal.note(self.name, f"emulated here, at float32 speed: {names}")
         return bool(found)
 
@@ -57,6 +59,7 @@ class _Emulator:
     def __init__(self, graph: fx.Graph, formats: Mapping[str, str]) -> None:
         self.graph, self.formats, self.mover = graph, formats, Mover(graph)
         self.rounded: dict[tuple[fx.Node, str], fx.Node] = {}
+        self.blocks: dict[tuple[fx.Node, str, int], fx.Node] = {}
         self.format_of: dict[fx.Node, str] = {}
 
     def emulate(self) -> set[str]:
@@ -87,6 +90,10 @@ class _Emulator:
         for index, argument in rounded_arguments(node).items():
             if index in rule.companions and not fixes_result(fmt):
                 continue
+            if CHOICES[fmt].block:
+                axis = -1 if index == rule.operands[0] else -2
+                node.update_arg(index, self._blocks(argument, fmt, axis))
+                continue
             root = root_of(argument)
             if self.format_of.get(root) == fmt:
                 continue
@@ -98,6 +105,14 @@ class _Emulator:
             node.target = EMULATED_ATTENTION[node.target]
             node.args, node.kwargs = (*given, *options, fmt), {}
 
+    def _blocks(self, argument: fx.Node, fmt: str, axis: int) -> fx.Node:
+        """A copy of an argument in blocks along the axis that is summed over, made once."""
+        key = argument, fmt, axis
+        if key not in self.blocks:
+            self.blocks[key] = self._call(QUANTISE, argument, (fmt, axis), argument, f"to_{fmt}")
+            self.format_of[self.blocks[key]] = fmt
+        return self.blocks[key]
+
     def _rounded(self, root: fx.Node, fmt: str) -> fx.Node:
         """A copy of a tensor on a format's grid, made once."""
         if (root, fmt) not in self.rounded:
@@ -107,14 +122,16 @@ class _Emulator:
 
     def _spelt(self, root: fx.Node, fmt: str) -> fx.Node:
         """Casts there and back, which Inductor fuses, or an operation of our own."""
-        dtype = FORMATS[fmt].dtype
+        dtype = CHOICES[fmt].dtype
         if not fixes_result(fmt) or dtype is None:
-            return self._call(QUANTISE, root, fmt, root, f"to_{fmt}")
-        narrow = self._call(CONVERT, root, dtype, root, f"to_{fmt}")
-        return self._call(CONVERT, narrow, torch.float32, root, f"on_{fmt}")
+            return self._call(QUANTISE, root, (fmt,), root, f"to_{fmt}")
+        narrow = self._call(CONVERT, root, (dtype,), root, f"to_{fmt}")
+        return self._call(CONVERT, narrow, (torch.float32,), root, f"on_{fmt}")
 
-    def _call(self, target: Any, source: fx.Node, to: Any, root: fx.Node, label: str) -> fx.Node:
-        node = insert_call(self.graph, target, (source, to), after=source, like=root)
+    def _call(
+        self, target: Any, source: fx.Node, to: tuple[Any, ...], root: fx.Node, label: str
+    ) -> fx.Node:
+        node = insert_call(self.graph, target, (source, *to), after=source, like=root)
         facts = facts_of(root)
         stem = facts.name if facts else root.name
         set_facts(node, NodeFacts(f"{stem}.{label}", None, _REASON))

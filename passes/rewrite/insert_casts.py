@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from precision_compiler.facts import NodeFacts, facts_of, set_facts, update_facts
-from precision_compiler.formats import FORMATS
+from precision_compiler.formats import CHOICES
 from precision_compiler.graph import (
     CONVERT,
     Mover,
@@ -147,6 +147,6 @@ def _replace(user: fx.Node, index: int | None, old: fx.Node, new: fx.Node) -> No
 
 
 def _entry_dtype(name: str) -> torch.dtype:
-    dtype = FORMATS[name].dtype if fixes_result(name) else torch.float32
+    dtype = CHOICES[name].dtype if fixes_result(name) else torch.float32
     assert dtype is not None
     return dtype

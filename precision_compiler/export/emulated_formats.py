@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from precision_compiler.emulation import EMULATED_ATTENTION, QUANTISE
+from precision_compiler.errors import ExportError
 from precision_compiler.facts import NodeFacts, facts_of, set_facts
 from precision_compiler.formats import FORMATS
 from precision_compiler.graph import CONVERT, aten, insert_call
@@ -28,7 +29,11 @@ def spell_out_rounding(module: fx.GraphModule) -> None:
             node.kwargs = {"attn_mask": mask, "scale": scale}
         if node.target is not QUANTISE:
             continue
-        source, name = node.args
+        source, name, *axis = node.args
+        if axis:
+            raise ExportError(
+                f"{node.name}: {name} cannot be exported yet: make a plan for a target without it"
+            )
         replacement = source if name == "tf32" else _quantised(graph, node, str(name))
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
