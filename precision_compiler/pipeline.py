@@ -5,17 +5,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
+from math import prod
 from typing import ClassVar, Protocol
+
+from torch import fx
 
 from precision_compiler.capture import Captured
 from precision_compiler.errors import InternalError, OrderError, PrecisionError
 from precision_compiler.flags import Flag
 from precision_compiler.fusion import Kernel
+from precision_compiler.graph import root_of, shape_of, value_of
 from precision_compiler.joint import JointGraph
 from precision_compiler.journal import Journal, JournalEntry
 from precision_compiler.links import Links, find_links
 from precision_compiler.plan import Budget
-from precision_compiler.problem import Prices, Problem, Solution, Table, fixes_result
+from precision_compiler.problem import Prices, Problem, Saved, Solution, Table, fixes_result
 from precision_compiler.statistics import Statistics
 from precision_compiler.target import Target
 from precision_compiler.verify import result_dtypes, verify_graph
@@ -105,7 +109,27 @@ class Unit:
         prices = Prices(
             self.contraction_prices, self.store_prices, self.cast_prices, self.fixed_seconds
         )
-        return Problem(self.links, options, prices, self.statistics, dict(self.raised))
+        return Problem(
+            self.links, options, prices, self.statistics, dict(self.raised), self._saved()
+        )
+
+    def _saved(self) -> Saved:
+        nodes = {node.name: node for node in self.joint.module.graph.nodes}
+        stores = {site.node: name for name, site in self.links.stores.items()}
+        roots = {root_of(nodes[name]) for name in self.joint.saved if name in nodes}
+        read = {name for kernel in self.kernels if kernel.backward for name in kernel.reads}
+        shown = {root_of(nodes[name]).name for name in read if name in nodes}
+        others = (root for root in roots if root.name not in stores)
+        return Saved(
+            {stores[root.name]: prod(shape_of(root)) for root in roots if root.name in stores},
+            frozenset(stores[name] for name in shown if name in stores),
+            sum(self._bytes(root) for root in others if root.name not in self.joint.parameters),
+        )
+
+    @staticmethod
+    def _bytes(node: fx.Node) -> float:
+        value = value_of(node)
+        return 0.0 if value is None else float(prod(shape_of(node)) * value.element_size())
 
     def to_rewrite(self, joint: JointGraph, solution: Solution) -> "Unit":
         """A unit with the same findings that carries out a solution on a graph of its own."""

@@ -181,6 +181,8 @@ class Totals:
         gradient_norm: norm of the gradient on the calibration batches.
         loss: loss on the calibration batches.
         batches: calibration batches.
+        activation_bytes, fp32_activation_bytes, autocast_activation_bytes: predicted bytes kept
+            from the forward to the backward pass, where activation memory peaks.
     """
 
     __pydantic_config__ = STRICT
@@ -198,6 +200,9 @@ class Totals:
     gradient_norm: float
     loss: float
     batches: int
+    activation_bytes: float = 0.0
+    fp32_activation_bytes: float = 0.0
+    autocast_activation_bytes: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Both the solver and every score of a given assignment use these tables, so a pla
 policy and a brute-force search are judged by one model.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -65,6 +66,21 @@ class Prices:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """Tensors that are kept from the forward to the backward pass.
+
+    Attributes:
+        elements: number of elements, by storage site.
+        fused: storage sites that fused kernels of the backward pass read, as they are stored.
+        other: bytes of kept tensors that are no site, parameters left out.
+    """
+
+    elements: Mapping[str, int]
+    fused: frozenset[str]
+    other: float
+
+
+@dataclass(frozen=True)
 class Problem:
     """Everything that the assignment depends on.
 
@@ -74,6 +90,7 @@ class Problem:
         prices: seconds.
         statistics: calibration.
         raised: factors on the predicted variance of sites that verification found to be worse.
+        saved: what the backward pass needs of the forward pass.
     """
 
     links: Links
@@ -81,6 +98,7 @@ class Problem:
     prices: Prices
     statistics: Statistics
     raised: Mapping[str, float] = field(default_factory=dict)
+    saved: "Saved" = field(default_factory=lambda: Saved({}, frozenset(), 0.0))
     _cache: dict[tuple[object, str, int], float] = field(default_factory=dict, repr=False)
 
     def store_variance(self, store: str, name: str, metric: int = 0) -> float:
@@ -150,6 +168,37 @@ class Problem:
         return total + sum(
             self.prices.casts[source][name] for source, name in self.casts(assignment)
         )
+
+    def activation_bytes(self, assignment: Mapping[str, str]) -> float:
+        """Predicted bytes that are kept from the forward to the backward pass.
+
+        At the turn between the two, activation memory peaks. What only contractions read there,
+        all in one format narrower than the stored one, is kept in that format: Inductor's
+        partitioner saves the smaller of a tensor and its cast.
+        """
+        return self.saved.other + sum(
+            size * CHOICES[self._kept_format(store, assignment)].bytes
+            for store, size in self.saved.elements.items()
+        )
+
+    def _kept_format(self, store: str, assignment: Mapping[str, str]) -> str:
+        stored = assignment[store]
+        readers = {entry_format(assignment[name]) for name in self._backward_readers.get(store, ())}
+        if store in self.saved.fused or len(readers) != 1:
+            return stored
+        return min(stored, *readers, key=lambda name: CHOICES[name].bytes)
+
+    @cached_property
+    def _backward_readers(self) -> Mapping[str, tuple[str, ...]]:
+        found: dict[str, list[str]] = defaultdict(list)
+        for link in self.links.reads:
+            if (
+                link.store is not None
+                and link.store in self.saved.elements
+                and link.contraction.rpartition(".")[2] != "fprop"
+            ):
+                found[link.store].append(link.contraction)
+        return {store: tuple(names) for store, names in found.items()}
 
     def casts(self, assignment: Mapping[str, str]) -> set[tuple[str, str]]:
         """Copies (source node, format) that an assignment needs.

@@ -127,6 +127,9 @@ def _totals(unit: Unit, problem: Problem, solution: Solution, casts: int) -> Tot
         gradient_norm=problem.statistics.gradient_norm,
         loss=problem.statistics.loss,
         batches=problem.statistics.batches,
+        activation_bytes=problem.activation_bytes(solution.assignment),
+        fp32_activation_bytes=problem.activation_bytes(problem.uniform()),
+        autocast_activation_bytes=problem.activation_bytes(unit.baseline),
     )
 
 

@@ -64,12 +64,22 @@ def totals_view(plan: Plan) -> RenderableType:
     grid.add_row("[bold]error", _error_line(plan))
     if plan.verification is not None:
         grid.add_row("[bold]measured", _measured_line(plan.verification))
+    if totals.activation_bytes:
+        grid.add_row("[bold]memory", _memory_line(totals))
     if plan.trial is not None:
         grid.add_row("[bold]trial", plan.trial.sentence)
     grid.add_row("[bold]budget", f"{plan.budget.limit:.2g}: {plan.budget.origin}")
     grid.add_row("[bold]bound", _bound_line(totals))
     grid.add_row("[bold]made for", f"target {plan.target}, graph {plan.fingerprint[:12]}")
     return grid
+
+
+def _memory_line(totals: Totals) -> str:
+    saved = 1 - totals.activation_bytes / totals.fp32_activation_bytes
+    return (
+        f"{totals.activation_bytes / 2**20:.1f} MiB kept for the backward pass, {saved:.0%} less "
+        f"than fp32 (autocast {totals.autocast_activation_bytes / 2**20:.1f} MiB)"
+    )
 
 
 def contraction_rows(sites: Mapping[str, SiteChoice]) -> list[Row]:
