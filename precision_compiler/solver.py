@@ -6,11 +6,12 @@ every x within the budget
 
     T(x) >= T(x) + r (V(x) - B) = sum_c (T_c + r V_c)(x_c) - r B >= sum_c L_c(r) - r B,
 
-where L_c(r) is a proven lower bound of the least ``T_c + r V_c`` over all assignments of part c, not
-only over those that are known (HiGHS proves it; between two rates it follows by concavity). So
-the right-hand side bounds the original problem at any r, whichever points were found; the best
+where L_c(r) is a proven lower bound of the least ``T_c + r V_c`` over all assignments of part c,
+not only over those that are known (HiGHS proves it; between two rates it follows by concavity).
+So the right-hand side bounds the original problem at any r, whichever points were found; the best
 r comes from the linear relaxation over the points known. An assignment is then composed of known
-points by an integer program with one row; it need not be optimal for the bound to hold.
+points by an integer program with one row; it need not be optimal for the bound to hold. Where it
+leaves a gap, each part is asked for the fastest assignment that what is left of the budget allows.
 """
 
 import time
@@ -33,6 +34,7 @@ FEW = 250
 """Sites up to which one program for the whole problem is solved in less than a second."""
 
 _ROUNDS = 40  # of finding a rate and solving the parts at it
+_REFINEMENTS = 6  # of the points, where those on the hulls leave a gap
 
 
 def solve(problem: Problem, budget: float, gap: float = 1e-3, seconds: float = 60.0) -> Solution:
@@ -121,10 +123,16 @@ class Composed:
         for curve in self.curves:
             curve.narrow(limit)
         bound = self._bound(limit, gap, end)
-        chosen = self._compose(limit, gap, end)
-        if bound is None or chosen is None:
-            return None
-        return judged(self.problem, chosen, bound)
+        best = self._composed(limit, bound, gap, end)
+        for _ in range(_REFINEMENTS):
+            if best is None or best.gap <= gap or not isfinite(limit) or time.monotonic() > end:
+                break
+            self._refine(best, limit, end)
+            found = self._composed(limit, bound, gap, end)
+            if found is None or found.seconds >= best.seconds:
+                break
+            best = found
+        return best
 
     def price(self, rate: float, limit: float, end: float = inf) -> float:
         """Lower bound of the sum over all parts of ``seconds + rate * variance``.
@@ -181,6 +189,20 @@ class Composed:
                 return rate, seconds - rate * (limit - variance)
             variance, seconds = variance + more, seconds - saved
         return 0.0, seconds
+
+    def _composed(
+        self, limit: float, bound: float | None, gap: float, end: float
+    ) -> Solution | None:
+        chosen = None if bound is None else self._compose(limit, gap, end)
+        return None if chosen is None or bound is None else judged(self.problem, chosen, bound)
+
+    def _refine(self, solution: Solution, limit: float, end: float) -> None:
+        """Ask every part for the fastest assignment that spends what is left of the budget."""
+        left = limit - self.problem.variance(solution.assignment)
+        for curve in self.curves:
+            used = {tuple(solution.assignment[name] for name in names) for names in curve.members}
+            for formats in used if time.monotonic() < end else ():
+                curve.improve(formats, left, end - time.monotonic())
 
     def _compose(self, limit: float, gap: float, end: float) -> dict[str, str] | None:
         """How many equal parts take which point: an integer program with one budget row."""

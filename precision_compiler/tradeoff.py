@@ -110,6 +110,22 @@ class Tradeoff:
         self.proven[rate] = low
         return low
 
+    def improve(self, formats: tuple[str, ...], left: float, seconds: float) -> None:
+        """Add the fastest assignment of at most so much more variance than one that is known.
+
+        Args:
+            formats: of that one.
+            left: variance that may be added.
+            seconds: time limit.
+        """
+        if self.is_listed:
+            return
+        found = self.program.minimise(
+            self.points[formats].variance + left, 1e-3, max(0.1, min(seconds, 1.0))
+        )
+        if found is not None:
+            self._add(found[0])
+
     def hull(self, limit: float) -> Iterator[Point]:
         """Corners of the lower convex hull of the points: from least variance to least time."""
         corners: list[Point] = []

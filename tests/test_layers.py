@@ -14,6 +14,7 @@ LAYERS = (
         "facts",
         "flags",
         "formats",
+        "frontier",
         "heap",
         "journal",
         "measure",
@@ -45,6 +46,7 @@ LAYERS = (
         "replay",
         "sites",
         "solver",
+        "sweep",
         "tape",
         "tradeoff",
         "verify",
@@ -112,7 +114,7 @@ def test_module_has_a_layer_of_its_own(name: str) -> None:
 
 
 def test_reports_read_plans_and_targets_and_run_nothing() -> None:
-    readable = {"errors", "flags", "formats", "journal", "plan", "report", "target"}
+    readable = {"errors", "flags", "formats", "frontier", "journal", "plan", "report", "target"}
     for name, path in MODULES.items():
         if name.split(".")[0] == "report":
             assert {other.split(".")[0] for other in imported_modules(path)} <= readable
