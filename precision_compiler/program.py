@@ -63,7 +63,12 @@ class Program:
         return self._solve(np.array(self.costs), barred, budget, gap, seconds)
 
     def weighed(
-        self, rate: float, limit: float, most: float, seconds: float
+        self,
+        rate: float,
+        limit: float,
+        most: float,
+        seconds: float,
+        window: tuple[float, float] = (-np.inf, np.inf),
     ) -> tuple[dict[str, str], float] | None:
         """The assignment of least ``time + rate * variance``, and a proven bound on that sum.
 
@@ -72,11 +77,19 @@ class Program:
             limit: variance that the assignment is part of: it bars what ``minimise`` bars.
             most: a sum that is known to be reached; what exceeds it on its own is left out.
             seconds: time limit.
+            window: least and largest variance of the assignment itself. One below the least is
+                not excluded, but judged as if it were there.
         """
         noise, barred = np.array(self.noise), self.barred(limit)
         if not self.is_signed:
             barred |= rate * noise > most - self.floor + 1e-9 * abs(most)
-        return self._solve(np.array(self.costs) + rate * noise, barred, [], 0.0, seconds)
+        further = []
+        low, high = window
+        if isfinite(high) and high > 0:
+            shares = np.where(barred, 0.0, noise) / high
+            further.append(LinearConstraint(shares, low / high, 1.0))
+        costs = np.array(self.costs) + rate * noise
+        return self._solve(costs, barred, further, 0.0, seconds)
 
     def quietest(self) -> dict[str, str] | None:
         """The legal assignment of least variance; None if none is legal."""

@@ -16,8 +16,10 @@ leaves a gap, each part is asked for the fastest assignment that what is left of
 
 import time
 from collections.abc import Sequence
+from copy import copy
 from itertools import pairwise
 from math import inf, isfinite
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -34,7 +36,7 @@ FEW = 250
 """Sites up to which one program for the whole problem is solved in less than a second."""
 
 _ROUNDS = 40  # of finding a rate and solving the parts at it
-_REFINEMENTS = 6  # of the points, where those on the hulls leave a gap
+_BRANCHES = 20  # of a part that is between two corners of its hull
 
 
 def solve(problem: Problem, budget: float, gap: float = 1e-3, seconds: float = 60.0) -> Solution:
@@ -93,11 +95,35 @@ def _better(problem: Problem, one: Solution | None, other: Solution | None) -> S
     return judged(problem, dict(fastest.assignment), max(one.bound, other.bound))
 
 
+class Step(NamedTuple):
+    """From one corner of a part's hull to the next faster one, in all parts of its kind.
+
+    Attributes:
+        rate: seconds saved per variance.
+        variance: what it adds.
+        seconds: what it saves.
+        curve: number of the kind.
+        middle: variance of one part half way.
+    """
+
+    rate: float
+    variance: float
+    seconds: float
+    curve: int
+    middle: float
+
+
 class Composed:
     """A problem solved part by part; limits may only become smaller from call to call.
 
     Parts that are equal but for their names are solved once. They are not tied together: the
     integer program says how many of them take which point.
+
+    Attributes:
+        problem: the whole.
+        curves: one per kind of part.
+        relief: by how much a part may be beyond the limit, others making up for it: 0 unless
+            predicted variances of parts can be negative.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -111,6 +137,7 @@ class Composed:
             else:
                 found[key] = Tradeoff(part, program, [names])
         self.curves = list(found.values())
+        self.relief = -sum(len(curve.members) * curve.least_variance for curve in self.curves)
 
     def solve(self, limit: float, gap: float, end: float = inf) -> Solution | None:
         """The best assignment composed of known points; None if there is none.
@@ -123,16 +150,10 @@ class Composed:
         for curve in self.curves:
             curve.narrow(limit)
         bound = self._bound(limit, gap, end)
-        best = self._composed(limit, bound, gap, end)
-        for _ in range(_REFINEMENTS):
-            if best is None or best.gap <= gap or not isfinite(limit) or time.monotonic() > end:
-                break
-            self._refine(best, limit, end)
-            found = self._composed(limit, bound, gap, end)
-            if found is None or found.seconds >= best.seconds:
-                break
-            best = found
-        return best
+        best = None if bound is None else self._composed(limit, bound, gap, end)
+        if best is None or best.gap <= gap or not isfinite(limit):
+            return best
+        return self._branched(best, limit, gap, end)
 
     def price(self, rate: float, limit: float, end: float = inf) -> float:
         """Lower bound of the sum over all parts of ``seconds + rate * variance``.
@@ -143,23 +164,27 @@ class Composed:
             end: when to stop, on the monotonic clock.
         """
         return sum(
-            len(curve.members) * curve.ask(rate, limit, max(0.1, end - time.monotonic()))
+            len(curve.members) * curve.ask(rate, limit, limit + self.relief, _until(end))
             for curve in self.curves
         )
 
-    def corners(self, limit: float) -> list[tuple[float, float, float]]:
-        """Steps along the hulls of all parts: (seconds per variance, variance, seconds saved)."""
+    def corners(self, limit: float) -> list[Step]:
+        """Steps along the hulls of all parts, those first that save most for their variance."""
         steps = []
-        for curve in self.curves:
-            hull, times = list(curve.hull(limit)), len(curve.members)
+        for number, curve in enumerate(self.curves):
+            hull, times = list(curve.hull(limit + self.relief)), len(curve.members)
             for slow, fast in pairwise(hull):
                 more, saved = fast.variance - slow.variance, slow.seconds - fast.seconds
-                steps.append((saved / more, times * more, times * saved))
+                steps.append(
+                    Step(
+                        saved / more, times * more, times * saved, number, fast.variance - more / 2
+                    )
+                )
         return sorted(steps, reverse=True)
 
     def start(self, limit: float) -> tuple[float, float]:
         """Variance and seconds with every part at its least variance; infinite if one has none."""
-        hulls = [next(curve.hull(limit), None) for curve in self.curves]
+        hulls = [next(curve.hull(limit + self.relief), None) for curve in self.curves]
         if None in hulls:
             return inf, inf
         pairs = [(len(c.members), p) for c, p in zip(self.curves, hulls, strict=True) if p]
@@ -172,41 +197,79 @@ class Composed:
             relaxed = self._relaxed(limit)
             if relaxed is None:
                 return None
-            rate, reached = relaxed
+            rate, reached, _ = relaxed
             spent = rate * limit if rate else 0.0  # no rate, no limit: not infinity times 0
             best = max(best, self.price(rate, limit, end) - spent)
             if reached - best <= 0.05 * gap * abs(reached) or time.monotonic() > end:
                 break
         return best
 
-    def _relaxed(self, limit: float) -> tuple[float, float] | None:
-        """The linear relaxation over known points: what variance is worth, and the time."""
+    def _relaxed(self, limit: float) -> tuple[float, float, Step | None] | None:
+        """The linear relaxation over known points: what variance is worth, the time, its break."""
         variance, seconds = self.start(limit)
         if variance > limit * (1 + 1e-9):
             return None
-        for rate, more, saved in self.corners(limit):
-            if variance + more > limit:
-                return rate, seconds - rate * (limit - variance)
-            variance, seconds = variance + more, seconds - saved
-        return 0.0, seconds
+        for step in self.corners(limit):
+            if variance + step.variance > limit:
+                return step.rate, seconds - step.rate * (limit - variance), step
+            variance, seconds = variance + step.variance, seconds - step.seconds
+        return 0.0, seconds, None
 
-    def _composed(
-        self, limit: float, bound: float | None, gap: float, end: float
-    ) -> Solution | None:
-        chosen = None if bound is None else self._compose(limit, gap, end)
-        return None if chosen is None or bound is None else judged(self.problem, chosen, bound)
+    def _composed(self, limit: float, bound: float, gap: float, end: float) -> Solution | None:
+        chosen = self._compose(limit, gap, end)
+        return None if chosen is None else judged(self.problem, chosen, bound)
+
+    def _branched(self, best: Solution, limit: float, gap: float, end: float) -> Solution:
+        """Close the gap that one large part leaves where it is between two corners of its hull.
+
+        Its assignments are told apart by their variance, at most and at least half way, and each
+        side gets a bound of its own; the smallest bound of all sides holds for the whole.
+        """
+        sides = [(best.bound, self)]
+        for number in range(_BRANCHES):
+            bound, side = min(sides, key=lambda each: each[0])
+            relaxed = side._relaxed(limit)
+            if bound >= (1 - gap) * best.seconds or relaxed is None or time.monotonic() > end:
+                break
+            step = relaxed[2]
+            if step is None or len(side.curves[step.curve].members) > 1:
+                break
+            sides.remove((bound, side))
+            for half in side.curves[step.curve].halves(step.middle):
+                if half.is_listed and not half.within(inf):
+                    continue  # there is no such assignment
+                narrower = side._with(step.curve, half)
+                found = narrower._bound(limit, gap, end)
+                sides.append((bound if found is None else max(bound, found), narrower))
+            if number % 3 == 0:
+                self._refine(best, limit, end)
+            bound = min(low for low, _ in sides)
+            anew = self._composed(limit, bound, gap, end) or best
+            fastest = min(anew, best, key=lambda each: each.seconds)
+            best = judged(self.problem, dict(fastest.assignment), bound)
+        return best
+
+    def _with(self, number: int, curve: Tradeoff) -> "Composed":
+        other = copy(self)
+        other.curves = [*self.curves[:number], curve, *self.curves[number + 1 :]]
+        return other
 
     def _refine(self, solution: Solution, limit: float, end: float) -> None:
-        """Ask every part for the fastest assignment that spends what is left of the budget."""
+        """More points of every part: what is left of the budget spent, steps taken by half."""
         left = limit - self.problem.variance(solution.assignment)
+        relaxed = self._relaxed(limit)
+        rate = relaxed[0] if relaxed else 0.0
         for curve in self.curves:
             used = {tuple(solution.assignment[name] for name in names) for names in curve.members}
-            for formats in used if time.monotonic() < end else ():
-                curve.improve(formats, left, end - time.monotonic())
+            wanted = {curve.points[formats].variance + left for formats in used}
+            half = curve.bisect(rate, limit + self.relief)
+            for most in wanted | ({half} if half is not None else set()):
+                if time.monotonic() < end:
+                    curve.improve(most, end - time.monotonic())
 
     def _compose(self, limit: float, gap: float, end: float) -> dict[str, str] | None:
         """How many equal parts take which point: an integer program with one budget row."""
-        choices = [(curve, pareto(curve.within(limit))) for curve in self.curves]
+        choices = [(curve, pareto(curve.within(limit + self.relief))) for curve in self.curves]
         if not all(points for _, points in choices):
             return None
         points = [point for _, found in choices for point in found]
@@ -223,11 +286,16 @@ class Composed:
             integrality=np.ones(len(points), dtype=int),
             bounds=Bounds(0, np.array(counts)[owners]),
             constraints=constraints,
-            options={"mip_rel_gap": 0.1 * gap, "time_limit": max(0.5, end - time.monotonic())},
+            options={"mip_rel_gap": 0.1 * gap, "time_limit": _until(end)},
         )
         if result.x is None:
             return None
         return _dealt(choices, [round(number) for number in result.x])
+
+
+def _until(end: float) -> float:
+    """Seconds left, for a solver that is called all the same."""
+    return max(0.5, end - time.monotonic())
 
 
 def _dealt(

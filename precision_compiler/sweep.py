@@ -66,13 +66,13 @@ def _solved(composed: Composed, limit: float, gap: float, end: float) -> Solutio
 def _limits(composed: Composed, largest: float, points: int, end: float) -> list[float]:
     """Variances in equal steps along the curve of the relaxed problem, descending (rule 2)."""
     steps = composed.corners(largest)
-    average = sum(saved for _, _, saved in steps) / (largest or 1.0)
+    average = sum(step.seconds for step in steps) / (largest or 1.0)
     for factor in _LADDER if average and largest else ():
         composed.price(factor * average, largest, end)
     least, slowest = composed.start(largest)
     steps = composed.corners(largest)
-    variances = least + np.cumsum([0.0, *(more for _, more, _ in steps)])
-    times = slowest - np.cumsum([0.0, *(saved for _, _, saved in steps)])
+    variances = least + np.cumsum([0.0, *(step.variance for step in steps)])
+    times = slowest - np.cumsum([0.0, *(step.seconds for step in steps)])
     variances, along = variances[1:], np.zeros(max(0, len(steps)))
     for axis in (np.log(np.maximum(variances, 1e-12 * largest)), np.log(times[1:])):
         if len(axis) and axis[0] != axis[-1]:

@@ -1,7 +1,7 @@
 """Time against variance of one part of a problem: only the points of it that were asked for."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from math import inf, prod
@@ -43,6 +43,7 @@ class Tradeoff:
         members: the names of the sites of each.
         points: assignments found so far.
         proven: lower bounds of ``least`` by rate.
+        window: least and largest variance that is asked for, where parts are told apart by it.
     """
 
     part: Problem
@@ -50,20 +51,25 @@ class Tradeoff:
     members: list[tuple[str, ...]]
     points: dict[tuple[str, ...], Point] = field(default_factory=dict)
     proven: dict[float, float] = field(default_factory=dict)
+    window: tuple[float, float] = (-inf, inf)
     _barred: bytes = b""
 
     def __post_init__(self) -> None:
         """Start with float32 everywhere, or all there is."""
+        self.proven[0.0] = self.program.floor
+        if self.points:
+            return
         if self.is_listed:
             for formats in product(*self.part.options.values()):
-                self._add(dict(zip(self.part.options, formats, strict=True)))
+                assignment = dict(zip(self.part.options, formats, strict=True))
+                if not any(self.part.violations(assignment)):
+                    self._add(assignment)
         elif all("fp32" in formats for formats in self.part.options.values()):
             self._add(self.part.uniform())
         else:
             quietest = self.program.quietest()
             if quietest is not None:
                 self._add(quietest)
-        self.proven[0.0] = self.program.floor
 
     @cached_property
     def is_listed(self) -> bool:
@@ -71,11 +77,29 @@ class Tradeoff:
         few = prod(map(len, self.part.options.values())) <= _ALL
         return few and not self.program.is_signed
 
-    def within(self, limit: float) -> list[Point]:
-        """The points that may be part of an assignment of at most some variance."""
-        if self.program.is_signed:
-            return list(self.points.values())
-        return [point for point in self.points.values() if point.variance <= limit * (1 + 1e-9)]
+    def within(self, cap: float) -> list[Point]:
+        """The points of at most some variance, in the window."""
+        low, high = (
+            self.window[0] - 1e-9 * abs(self.window[0]),
+            min(cap * (1 + 1e-9), self.window[1]),
+        )
+        return [point for point in self.points.values() if low <= point.variance <= high]
+
+    def halves(self, middle: float) -> tuple["Tradeoff", "Tradeoff"]:
+        """The same part with at most and with at least some variance: all assignments in two."""
+        low, high = self.window
+        return (
+            replace(self, proven=dict(self.proven), window=(low, middle)),
+            replace(self, proven=dict(self.proven), window=(middle, high)),
+        )
+
+    @cached_property
+    def least_variance(self) -> float:
+        """A lower bound on the variance: less than 0 only if roundings overcompensate others."""
+        if not self.program.is_signed:
+            return 0.0
+        quietest = self.program.quietest()
+        return min(0.0, self.part.variance(quietest) * (1 + 1e-6)) if quietest else 0.0
 
     def narrow(self, limit: float) -> None:
         """Go on to a smaller limit: what was proven for more assignments holds for fewer."""
@@ -88,55 +112,69 @@ class Tradeoff:
                 self._add(self.part.uniform())
         self._barred = barred
 
-    def ask(self, rate: float, limit: float, seconds: float) -> float:
+    def ask(self, rate: float, limit: float, cap: float, seconds: float) -> float:
         """Lower bound of ``least(rate)`` within a limit; adds the point that reaches it.
 
         Args:
             rate: seconds that a unit of variance costs.
             limit: of the variance in total.
+            cap: largest variance of this part, whatever the others choose.
             seconds: time limit; the bound is loose after it.
         """
-        most = self._least_known(rate, limit)
+        most = self._least_known(rate, cap)
         if self.is_listed:
             return most
         low = self._chord(rate)
         if low >= most - _SAME * abs(most):
             return min(low, most)
+        window = (self.window[0], min(self.window[1], cap))
         found = self.program.weighed(rate, limit, most, seconds)
-        if found is None:
-            return low
-        self._add(found[0])
-        low = max(low, min(found[1], self._least_known(rate, limit)))
+        if found is not None and not self._is_asked_for(self._add(found[0]), window):
+            low = max(low, found[1])
+            found = self.program.weighed(rate, limit, most, seconds, window)
+        if found is not None:
+            self._add(found[0])
+            low = max(low, min(found[1], self._least_known(rate, cap)))
         self.proven[rate] = low
         return low
 
-    def improve(self, formats: tuple[str, ...], left: float, seconds: float) -> None:
-        """Add the fastest assignment of at most so much more variance than one that is known.
+    def bisect(self, rate: float, cap: float) -> float | None:
+        """Variance half way between the best point at a rate and the next faster corner."""
+        corners = list(self.hull(cap))
+        if not corners:
+            return None
+        best = min(corners, key=lambda point: point.seconds + rate * point.variance)
+        after = corners[corners.index(best) + 1 :]
+        return (best.variance + after[0].variance) / 2 if after else None
+
+    def improve(self, most: float, seconds: float) -> None:
+        """Add the fastest assignment of at most some variance.
 
         Args:
-            formats: of that one.
-            left: variance that may be added.
+            most: that variance.
             seconds: time limit.
         """
         if self.is_listed:
             return
-        found = self.program.minimise(
-            self.points[formats].variance + left, 1e-3, max(0.1, min(seconds, 1.0))
-        )
+        found = self.program.minimise(most, 1e-3, max(0.1, min(seconds, 1.0)))
         if found is not None:
             self._add(found[0])
 
-    def hull(self, limit: float) -> Iterator[Point]:
+    def hull(self, cap: float) -> Iterator[Point]:
         """Corners of the lower convex hull of the points: from least variance to least time."""
         corners: list[Point] = []
-        for point in pareto(self.within(limit)):
+        for point in pareto(self.within(cap)):
             while len(corners) > 1 and not _turns(corners[-2], corners[-1], point):
                 corners.pop()
             corners.append(point)
         yield from corners
 
-    def _least_known(self, rate: float, limit: float) -> float:
-        sums = (point.seconds + rate * point.variance for point in self.within(limit))
+    @staticmethod
+    def _is_asked_for(point: Point, window: tuple[float, float]) -> bool:
+        return window[0] * (1 - 1e-9) <= point.variance <= window[1] * (1 + 1e-9)
+
+    def _least_known(self, rate: float, cap: float) -> float:
+        sums = (point.seconds + rate * point.variance for point in self.within(cap))
         return min(sums, default=inf)
 
     def _chord(self, rate: float) -> float:
@@ -149,13 +187,12 @@ class Tradeoff:
             return -inf if self.program.is_signed else low
         return low + (self.proven[after] - low) * (rate - before) / (after - before)
 
-    def _add(self, assignment: Mapping[str, str]) -> None:
+    def _add(self, assignment: Mapping[str, str]) -> Point:
         part = self.part
-        if any(part.violations(assignment)):
-            return
         formats = tuple(assignment[name] for name in part.options)
         point = Point(part.seconds(assignment), part.variance(assignment), formats)
         self.points[formats] = point
+        return point
 
 
 def pareto(points: Iterable[Point]) -> list[Point]:
