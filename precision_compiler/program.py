@@ -19,8 +19,9 @@ from precision_compiler.problem import (
 )
 
 _RELIEF = 100.0  # a rounding of more times the limit would need errors that cancel to 99 %
-TOLERANCE = 1e-6
-"""Share of a budget that is left unused: the solver keeps constraints to about as much."""
+EDGES = (1.0, 1.0 - 3e-6)
+"""Shares of a budget to allow: the solver keeps constraints to 1e-6, so what it finds for all of
+the budget may be beyond it; then it is asked again for a little less."""
 
 
 class Program:
@@ -56,11 +57,19 @@ class Program:
             None if nothing fits, or nothing was found in time.
         """
         shares, barred = np.array(self.noise), self.barred(limit)
-        budget = []
-        if isfinite(limit) and limit > 0:
-            shares = np.where(barred, 0.0, shares) / limit
-            budget.append(LinearConstraint(shares, -np.inf, 1.0 - TOLERANCE))
-        return self._solve(np.array(self.costs), barred, budget, gap, seconds)
+        costs = np.array(self.costs)
+        if not (isfinite(limit) and limit > 0):
+            return self._solve(costs, barred, [], gap, seconds)
+        shares, proven = np.where(barred, 0.0, shares) / limit, -np.inf
+        for most in EDGES:
+            budget = LinearConstraint(shares, -np.inf, most)
+            found = self._solve(costs, barred, [budget], gap, seconds)
+            if found is None:
+                continue
+            proven = found[1] if most == 1.0 else proven  # what is proven for less is too much
+            if self.problem.variance(found[0]) <= limit * (1 + 1e-9):
+                return found[0], proven
+        return None
 
     def weighed(
         self,

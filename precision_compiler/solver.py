@@ -28,7 +28,7 @@ from scipy.sparse import csr_array
 from precision_compiler.errors import InternalError
 from precision_compiler.parts import split
 from precision_compiler.problem import Problem, Solution
-from precision_compiler.program import TOLERANCE, Program
+from precision_compiler.program import EDGES, Program
 from precision_compiler.reach import unreachable
 from precision_compiler.tradeoff import Point, Tradeoff, pareto
 
@@ -277,20 +277,24 @@ class Composed:
         counts = [float(len(curve.members)) for curve, _ in choices]
         every = csr_array((np.ones(len(points)), (owners, range(len(points)))))
         constraints = [LinearConstraint(every, counts, counts)]
-        if isfinite(limit) and limit > 0:
-            shares = np.array([point.variance for point in points]) / limit
-            constraints.append(LinearConstraint(shares, -np.inf, 1.0 - TOLERANCE))
+        variances = np.array([point.variance for point in points])
         costs = np.array([point.seconds for point in points])
-        result = milp(
-            costs / (costs.max() or 1.0),
-            integrality=np.ones(len(points), dtype=int),
-            bounds=Bounds(0, np.array(counts)[owners]),
-            constraints=constraints,
-            options={"mip_rel_gap": 0.1 * gap, "time_limit": _until(end)},
-        )
-        if result.x is None:
-            return None
-        return _dealt(choices, [round(number) for number in result.x])
+        limited = isfinite(limit) and limit > 0
+        for most in EDGES if limited else (1.0,):
+            budget = [LinearConstraint(variances / limit, -np.inf, most)] if limited else []
+            result = milp(
+                costs / (costs.max() or 1.0),
+                integrality=np.ones(len(points), dtype=int),
+                bounds=Bounds(0, np.array(counts)[owners]),
+                constraints=[*constraints, *budget],
+                options={"mip_rel_gap": 0.1 * gap, "time_limit": _until(end)},
+            )
+            if result.x is None:
+                continue
+            numbers = [round(number) for number in result.x]
+            if np.dot(variances, numbers) <= limit * (1 + 1e-9):
+                return _dealt(choices, numbers)
+        return None
 
 
 def _until(end: float) -> float:

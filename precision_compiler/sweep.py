@@ -74,7 +74,8 @@ def _limits(composed: Composed, largest: float, points: int, end: float) -> list
     variances = least + np.cumsum([0.0, *(step.variance for step in steps)])
     times = slowest - np.cumsum([0.0, *(step.seconds for step in steps)])
     variances, along = variances[1:], np.zeros(max(0, len(steps)))
-    for axis in (np.log(np.maximum(variances, 1e-12 * largest)), np.log(times[1:])):
+    for values, most in ((variances, largest), (times[1:], slowest)):
+        axis = np.log(np.maximum(values, 1e-12 * most))
         if len(axis) and axis[0] != axis[-1]:
             along += (axis - axis[0]) / (axis[-1] - axis[0])
     lowest = least * (1 + 4e-6)  # exactly the least would be at the edge of the solver's tolerance
