@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from precision_compiler.errors import InternalError
 from precision_compiler.formats import FORMATS
 from precision_compiler.links import Link, Links
 from precision_compiler.statistics import Correlation, Edge, Sensitivity, Statistics
@@ -262,3 +263,14 @@ class Solution:
     error: float
     bound: float
     gap: float
+
+
+def judged(problem: Problem, assignment: dict[str, str], bound: float) -> Solution:
+    """An assignment with its exact time and error."""
+    broken = next(problem.violations(assignment), None)
+    if broken:
+        raise InternalError(f"the solver returned an illegal assignment: {broken}")
+    exact = problem.seconds(assignment)
+    bound = min(bound, exact)
+    gap = (exact - bound) / exact if exact else 0.0
+    return Solution(assignment, exact, problem.error(assignment), bound, gap)

@@ -100,11 +100,10 @@ class Program:
         costs = np.array(self.costs) + rate * noise
         return self._solve(costs, barred, further, 0.0, seconds)
 
-    def quietest(self) -> dict[str, str] | None:
-        """The legal assignment of least variance; None if none is legal."""
+    def quietest(self) -> tuple[dict[str, str], float] | None:
+        """The legal assignment of least variance and a bound on that; None if none is legal."""
         nothing = np.zeros(len(self.costs), dtype=bool)
-        found = self._solve(np.array(self.noise), nothing, [], 0.0, np.inf)
-        return None if found is None else found[0]
+        return self._solve(np.array(self.noise), nothing, [], 0.0, np.inf)
 
     @cached_property
     def is_signed(self) -> bool:

@@ -25,7 +25,7 @@ def unreachable(problem: Problem, budget: float) -> BudgetError:
                 f"no assignment keeps the predicted gradient error within {budget:g}, nor any: "
                 f"the formats ruled out contradict each other at {sites}"
             )
-        quietest |= found
+        quietest |= found[0]
     shares = {name: found for name, found in problem.variances(quietest).items() if found > 0}
     largest = sorted(shares, key=lambda name: -shares[name])
     causes = [f"{name} ({_ruled_out(problem, name)})" for name in largest]

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from precision_compiler.composed import Composed
 from precision_compiler.problem import Problem, Solution
-from precision_compiler.solver import FEW, Composed, solve_whole
+from precision_compiler.solver import FEW, solve_whole
 
 _LADDER = (0.1, 1.0, 10.0, 1e2, 1e3, 1e4)  # rates that are tried first, of the average one
 

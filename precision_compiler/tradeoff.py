@@ -66,10 +66,10 @@ class Tradeoff:
                     self._add(assignment)
         elif all("fp32" in formats for formats in self.part.options.values()):
             self._add(self.part.uniform())
-        else:
+        elif not self.program.is_signed:  # else it might rest on errors that cancel too well
             quietest = self.program.quietest()
             if quietest is not None:
-                self._add(quietest)
+                self._add(quietest[0])
 
     @cached_property
     def is_listed(self) -> bool:
@@ -79,10 +79,7 @@ class Tradeoff:
 
     def within(self, cap: float) -> list[Point]:
         """The points of at most some variance, in the window."""
-        low, high = (
-            self.window[0] - 1e-9 * abs(self.window[0]),
-            min(cap * (1 + 1e-9), self.window[1]),
-        )
+        low, high = self.window[0] * (1 - 1e-9), min(cap, self.window[1]) * (1 + 1e-9)
         return [point for point in self.points.values() if low <= point.variance <= high]
 
     def halves(self, middle: float) -> tuple["Tradeoff", "Tradeoff"]:
@@ -99,7 +96,7 @@ class Tradeoff:
         if not self.program.is_signed:
             return 0.0
         quietest = self.program.quietest()
-        return min(0.0, self.part.variance(quietest) * (1 + 1e-6)) if quietest else 0.0
+        return min(0.0, quietest[1]) if quietest else 0.0
 
     def narrow(self, limit: float) -> None:
         """Go on to a smaller limit: what was proven for more assignments holds for fewer."""
@@ -135,7 +132,8 @@ class Tradeoff:
         if found is not None:
             self._add(found[0])
             low = max(low, min(found[1], self._least_known(rate, cap)))
-        self.proven[rate] = low
+        if low > -inf:
+            self.proven[rate] = low
         return low
 
     def bisect(self, rate: float, cap: float) -> float | None:

@@ -30,6 +30,7 @@ LAYERS = (
         "attention",
         "calling",
         "capture",
+        "composed",
         "emulation",
         "graph",
         "joint",

@@ -25,11 +25,10 @@ class ChooseFormats:
        together: at 1 where both are rounded to the same format; it carries their covariance.
     5. Contractions that return their own format fix the format of their results.
     6. The sum of relative error variances is at most ``budget^2``.
-
-    Variables of 2 to 4 need no integrality: given binary sites they sit at 0 or 1.
-
     7. Large problems are solved part by part, parts being what touches nowhere but in the budget;
        the proof that holds for the whole is in ``precision_compiler.solver``.
+
+    Variables of 2 to 4 need no integrality: given binary sites they sit at 0 or 1.
     """
 
     gap: float = 1e-3

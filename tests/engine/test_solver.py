@@ -8,10 +8,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from precision_compiler.composed import Composed
 from precision_compiler.errors import BudgetError
 from precision_compiler.parts import split
 from precision_compiler.problem import Problem
-from precision_compiler.solver import Composed, solve, solve_whole
+from precision_compiler.solver import solve, solve_whole
 from tests.passes.assign.test_choose_formats import PARTS, fitting, small_problem, trusted
 from tests.random_problems import (
     ROUNDING,
