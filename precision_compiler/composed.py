@@ -35,6 +35,7 @@ from precision_compiler.program import EDGES, Program
 from precision_compiler.tradeoff import Point, Tradeoff, pareto
 
 _ROUNDS = 40  # of finding a rate and solving the parts at it
+_REFINED = 16  # kinds of part that are asked for more points, where a gap is left
 _BRANCHES = 20  # of a part that is between two corners of its hull
 
 
@@ -195,11 +196,14 @@ class Composed:
         return other
 
     def _refine(self, solution: Solution, limit: float, end: float) -> None:
-        """More points of every part: what is left of the budget spent, steps taken by half."""
+        """More points of large parts: what is left of the budget spent, steps taken by half."""
         left = limit - self.problem.variance(solution.assignment)
         relaxed = self._relaxed(limit)
         rate = relaxed[0] if relaxed else 0.0
-        for curve in self.curves:
+        near = [step for step in self.corners(limit) if rate / 4 <= step.rate <= 4 * rate]
+        near.sort(key=lambda step: -step.seconds)
+        for number in list(dict.fromkeys(step.curve for step in near))[:_REFINED]:
+            curve = self.curves[number]
             used = {tuple(solution.assignment[name] for name in names) for names in curve.members}
             wanted = {curve.points[formats].variance + left for formats in used}
             half = curve.bisect(rate, limit + self.relief)
