@@ -81,6 +81,7 @@ def draw_frontier(frontier: Frontier, path: str | os.PathLike[str]) -> None:
     least = min((error for error in errors if error > 0), default=1e-6)
     axes.set_xscale("symlog", linthresh=least)  # float32 is at zero
     axes.set_xlim(left=0)
+    axes.set_yscale("log")
     axes.set(xlabel="predicted relative gradient error", ylabel="predicted ms per step")
     axes.set_title(f"target {frontier.target}")
     axes.grid(visible=True, alpha=0.3)

@@ -179,3 +179,13 @@ def test_impossible_budget_names_the_nearest_and_what_stands_against_it() -> Non
 def test_contradicting_vetoes_are_named() -> None:
     with pytest.raises(BudgetError, match=r"contradict each other at c \(bf16\), s \(fp32\)"):
         solve(vetoed(small_problem(), c=("bf16",), s=("fp32",)), 1.0)
+
+
+def test_float32_is_the_answer_where_there_was_no_time_for_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("precision_compiler.solver.solve_whole", lambda *_: None)
+    found = solve(readers(1.0), 1.0)
+    assert found.assignment == {"c0": "fp32"}
+    assert found.bound == 0.0
+    assert found.gap == 1.0
