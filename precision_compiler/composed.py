@@ -83,13 +83,16 @@ class Composed:
         self.curves = list(found.values())
         self.relief = -sum(len(curve.members) * curve.least_variance for curve in self.curves)
 
-    def solve(self, limit: float, gap: float, end: float = inf) -> Solution | None:
+    def solve(
+        self, limit: float, gap: float, end: float = inf, branches: int = _BRANCHES
+    ) -> Solution | None:
         """The best assignment composed of known points; None if there is none.
 
         Args:
             limit: largest variance.
             gap: relative gap to aim at: the solution says which one was reached.
             end: when to stop, on the monotonic clock.
+            branches: how often a part may be told apart to close a gap.
         """
         for curve in self.curves:
             curve.narrow(limit)
@@ -97,7 +100,7 @@ class Composed:
         best = None if bound is None else self._composed(limit, bound, gap, end)
         if best is None or best.gap <= gap or not isfinite(limit):
             return best
-        return self._branched(best, limit, gap, end)
+        return self._branched(best, limit, gap, end, branches)
 
     def price(self, rate: float, limit: float, end: float = inf) -> float:
         """Lower bound of the sum over all parts of ``seconds + rate * variance``.
@@ -160,14 +163,16 @@ class Composed:
         chosen = self._compose(limit, gap, end)
         return None if chosen is None else judged(self.problem, chosen, bound)
 
-    def _branched(self, best: Solution, limit: float, gap: float, end: float) -> Solution:
+    def _branched(
+        self, best: Solution, limit: float, gap: float, end: float, branches: int
+    ) -> Solution:
         """Close the gap that one large part leaves where it is between two corners of its hull.
 
         Its assignments are told apart by their variance, at most and at least half way, and each
         side gets a bound of its own; the smallest bound of all sides holds for the whole.
         """
         sides = [(best.bound, self)]
-        for number in range(_BRANCHES):
+        for number in range(branches):
             bound, side = min(sides, key=lambda each: each[0])
             relaxed = side._relaxed(limit)
             if bound >= (1 - gap) * best.seconds or relaxed is None or time.monotonic() > end:

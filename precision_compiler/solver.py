@@ -10,6 +10,9 @@ from precision_compiler.reach import unreachable
 FEW = 250
 """Sites up to which one program for the whole problem is solved in less than a second."""
 
+MANY = 1000
+"""Sites up to which it closes a gap sooner than branching on a part does."""
+
 
 def solve(problem: Problem, budget: float, gap: float = 1e-3, seconds: float = 60.0) -> Solution:
     """Return the fastest legal assignment with predicted error at most ``budget``.
@@ -26,7 +29,11 @@ def solve(problem: Problem, budget: float, gap: float = 1e-3, seconds: float = 6
     end = time.monotonic() + seconds
     found = None
     if len(problem.options) > FEW:
-        found = Composed(problem).solve(budget**2, gap, end)
+        composed = Composed(problem)
+        if len(problem.options) > MANY:
+            found = composed.solve(budget**2, gap, end)
+        else:
+            found = composed.solve(budget**2, gap, end, branches=0)
         if found is not None and found.gap <= gap:
             return found
     whole = solve_whole(problem, budget**2, gap, max(1.0, end - time.monotonic()))
