@@ -1,7 +1,7 @@
 """Decide which number format every operation of a Transformer's training graph runs in."""
 
 from precision_compiler.backend import compile, emulate, plan_of
-from precision_compiler.compiler import make_plan, measure_error
+from precision_compiler.compiler import make_frontier, make_plan, measure_error
 from precision_compiler.errors import (
     AnalysisError,
     BudgetError,
@@ -17,6 +17,7 @@ from precision_compiler.errors import (
 )
 from precision_compiler.export import export_onnx
 from precision_compiler.flags import Flag
+from precision_compiler.frontier import Frontier, FrontierPoint
 from precision_compiler.plan import MeasuredError, Plan, Verification
 from precision_compiler.target import Target
 from precision_compiler.workload import Workload
@@ -28,6 +29,8 @@ __all__ = [
     "ExportError",
     "Flag",
     "FormatError",
+    "Frontier",
+    "FrontierPoint",
     "MeasuredError",
     "Plan",
     "PlanError",
@@ -42,6 +45,7 @@ __all__ = [
     "compile",
     "emulate",
     "export_onnx",
+    "make_frontier",
     "make_plan",
     "measure_error",
     "plan_of",

@@ -9,9 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from precision_compiler import Plan, Target, export_onnx, make_plan
+from precision_compiler import Plan, Target, export_onnx, make_frontier, make_plan
 from precision_compiler.demo import Demo, run_demo
 from precision_compiler.errors import PrecisionError
+from precision_compiler.report.frontier import draw_frontier, show_frontier
 from precision_compiler.report.show import show_plan
 from precision_compiler.report.targets import explain_target, show_targets
 from precision_compiler.workload import load_workload
@@ -30,6 +31,7 @@ returns precision_compiler.Workload(model, batches):
   precision-compiler plan train.py:workload -o plan.json
   precision-compiler show plan.json --sites
   precision-compiler plan train.py:workload --target h100 --budget 0.01
+  precision-compiler pareto train.py:workload --target h100 --plot frontier.png
   precision-compiler export train.py:workload plan.json -o model.onnx
 
 and in a training script:
@@ -63,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_plan(commands)
+    _add_pareto(commands)
     _add_show(commands)
     _add_export(commands)
     _add_targets(commands)
@@ -123,6 +126,40 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="of the training: warns of updates that narrow weights would lose",
     )  # fmt: skip
     parser.set_defaults(command=_plan)
+
+
+def _add_pareto(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "pareto",
+        help="show how much time each gradient error buys",
+        description="Finds the fastest plan for a row of gradient errors, from none to the largest "
+        "that pays, each with a proof of how far from the best it may be. Marks float32, "
+        "torch.autocast and the plan for the budget.",
+        epilog="example: precision-compiler pareto train.py:workload --target h100 --plot f.png",
+    )
+    parser.add_argument("workload", metavar="WORKLOAD", help=WORKLOAD)
+    parser.add_argument(
+        "--target", default="auto", metavar="T",
+        help="machine to plan for, as for `plan` (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", default="auto", metavar="B",
+        help="of the plan that is marked, as for `plan` (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--points", type=_two_or_more, default=20, metavar="N",
+        help="errors to find the fastest plan for (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batches", type=_positive, default=2, metavar="N",
+        help="batches of the workload to analyse (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("frontier.json"), metavar="FILE",
+        help="where to write the numbers (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them, as PNG")
+    parser.set_defaults(command=_pareto)
 
 
 def _add_show(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -196,6 +233,32 @@ def _plan(options: argparse.Namespace) -> None:
     console.print(f"wrote {options.output}", soft_wrap=True)
 
 
+def _pareto(options: argparse.Namespace) -> None:
+    workload = load_workload(options.workload)
+    _require_folder(options.output)
+    if options.plot is not None:
+        _require_folder(options.plot)
+    with _spinner("loading the model") as report:
+        first, *others = workload.first_batches(options.batches)
+        frontier = make_frontier(
+            workload.model,
+            first,
+            points=options.points,
+            loss=workload.loss,
+            target=options.target,
+            budget=_budget(options.budget),
+            calibration=others,
+            progress=report,
+        )
+    frontier.save(options.output)
+    console = Console()
+    show_frontier(frontier, console)
+    console.print(f"wrote {options.output}", soft_wrap=True)
+    if options.plot is not None:
+        draw_frontier(frontier, options.plot)
+        console.print(f"wrote {options.plot}", soft_wrap=True)
+
+
 def _show(options: argparse.Namespace) -> None:
     show_plan(Plan.load(options.plan), Console(), every_site=options.sites)
 
@@ -225,6 +288,12 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError("it must be 1 or more")
     return number
+
+
+def _two_or_more(text: str) -> int:
+    if _positive(text) < 2:
+        raise argparse.ArgumentTypeError("it must be 2 or more")
+    return int(text)
 
 
 def _budget(text: str) -> str | float:

@@ -9,6 +9,7 @@ from torch import fx, nn
 from precision_compiler.calling import Loss
 from precision_compiler.capture import Captured, capture
 from precision_compiler.errors import PlanMismatch
+from precision_compiler.frontier import Frontier
 from precision_compiler.joint import JointGraph
 from precision_compiler.journal import Journal
 from precision_compiler.passes import JUDGE, REWRITE
@@ -16,8 +17,10 @@ from precision_compiler.passes.analyse.borrow_statistics import BorrowStatistics
 from precision_compiler.passes.analyse.measure_sensitivity import MeasureSensitivity
 from precision_compiler.pipeline import Pass, Pipeline, Progress, Unit, silent
 from precision_compiler.plan import Budget, MeasuredError, Plan, Trial, Verification
-from precision_compiler.record import plan_of_unit
+from precision_compiler.problem import judged
+from precision_compiler.record import frontier_of_unit, plan_of_unit
 from precision_compiler.sites import Site, find_sites, fingerprint
+from precision_compiler.sweep import frontier
 from precision_compiler.target import Target
 from precision_compiler.verification import Truth, verify_plan
 
@@ -80,6 +83,55 @@ def make_plan(
         progress=say,
     )
     return decision.plan(progress=say)
+
+
+def make_frontier(
+    model: nn.Module,
+    batch: Any,
+    *,
+    points: int = 20,
+    loss: Loss | None = None,
+    target: str | Target = "auto",
+    budget: float | str = "auto",
+    calibration: Iterable[Any] = (),
+    memory: float | None = None,
+    sibling: Plan | None = None,
+    progress: Progress | None = None,
+) -> Frontier:
+    """The fastest plans for errors from the smallest to the largest that pays.
+
+    Args:
+        model: the module, in the mode it trains in; left as it was.
+        batch: as for ``make_plan``.
+        points: how many budgets to solve for, 2 or more; equal plans are listed once.
+        loss: as for ``make_plan``.
+        target: as for ``make_plan``.
+        budget: of the plan that is marked on the frontier, as for ``make_plan``.
+        calibration: further batches; what is measured on them is averaged.
+        memory: as for ``make_plan``.
+        sibling: as for ``make_plan``.
+        progress: called with a short sentence before each step.
+
+    Raises:
+        BudgetError, TargetError, CaptureError, AnalysisError: see there; each says what to do.
+    """
+    wanted = Budget.parse(budget)
+    say = progress or silent
+    say("Load the target")
+    machine = as_target(target)
+    say("Capture the joint forward and backward graph")
+    captured = capture(model, batch, loss)
+    unit = Unit(
+        captured.joint.copy(), machine, wanted, Journal(), captured,
+        tuple(map(captured.on, calibration)), memory=memory,
+    )  # fmt: skip
+    _decide(unit, sibling, say)
+    found = frontier(
+        unit.problem,
+        points,
+        progress=lambda done, count: say(f"Find the fastest plan for error {done + 1} of {count}"),
+    )
+    return frontier_of_unit(unit, captured.origin, found)
 
 
 def measure_error(
@@ -151,7 +203,7 @@ class Decision:
         solution = unit.solution
         assert solution is not None
         if trial is not None and trial.winner != "plan":
-            solution = unit.problem.solution(self.candidates[trial.winner], solution.bound)
+            solution = judged(unit.problem, self.candidates[trial.winner], solution.bound)
             verification = None
         chosen = unit.to_rewrite(self.captured.joint.copy(), solution)
         if trial is not None:
@@ -178,9 +230,7 @@ def decide(
         learning_rate=learning_rate, memory=memory,
     )  # fmt: skip
     runs = captured.joint.has_values
-    borrows = sibling is not None or not runs
-    analyse = BorrowStatistics(sibling) if borrows else MeasureSensitivity()
-    Pipeline((analyse, *JUDGE)).run(unit, progress)
+    _decide(unit, sibling, progress)
     batch, is_new = (captured, False) if held_out is None else (held_out, True)
     verification = verify_plan(unit, batch, is_new, progress) if runs else None
     return Decision(unit, captured, verification)
@@ -196,6 +246,13 @@ def plan_for(
 ) -> Plan:
     """The plan of a captured graph; arguments as of ``make_plan``."""
     return decide(captured, target, budget, held_out=held_out, sibling=sibling).plan()
+
+
+def _decide(unit: Unit, sibling: Plan | None, progress: Progress) -> None:
+    """Analyse the graph, or borrow what cannot be measured, and choose formats."""
+    borrows = sibling is not None or not unit.joint.has_values
+    analyse = BorrowStatistics(sibling) if borrows else MeasureSensitivity()
+    Pipeline((analyse, *JUDGE)).run(unit, progress)
 
 
 def rewritten(joint: JointGraph, plan: Plan) -> fx.GraphModule:

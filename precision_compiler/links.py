@@ -54,7 +54,14 @@ class Links:
 
     def reads_of(self, contraction: str) -> list[Link]:
         """The links of one contraction."""
-        return [link for link in self.reads if link.contraction == contraction]
+        return list(self._by_contraction.get(contraction, ()))
+
+    @cached_property
+    def _by_contraction(self) -> Mapping[str, list[Link]]:
+        found: dict[str, list[Link]] = {}
+        for link in self.reads:
+            found.setdefault(link.contraction, []).append(link)
+        return found
 
 
 def find_links(joint: JointGraph) -> Links:

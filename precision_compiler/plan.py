@@ -425,12 +425,13 @@ def digest_of(fingerprint: str, assignment: Mapping[str, str]) -> str:
     return hashlib.sha256(f"{fingerprint}{text}".encode()).hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file through a temporary one beside it."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file through a temporary one beside it; text is written as UTF-8."""
+    written = content.encode() if isinstance(content, str) else content
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
     try:
-        with temporary.open("x", encoding="utf-8") as stream:
-            stream.write(text)
+        with temporary.open("xb") as stream:
+            stream.write(written)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

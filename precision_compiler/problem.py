@@ -6,9 +6,10 @@ policy and a brute-force search are judged by one model.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from precision_compiler.errors import InternalError
 from precision_compiler.formats import CHOICES
 from precision_compiler.links import Link, Links
 from precision_compiler.statistics import Correlation, Edge, Sensitivity, Statistics
@@ -169,6 +170,10 @@ class Problem:
             self.prices.casts[source][name] for source, name in self.casts(assignment)
         )
 
+    def without_fixed_time(self) -> "Problem":
+        """The same problem of what formats do change."""
+        return replace(self, prices=replace(self.prices, fixed=0.0), _cache=self._cache)
+
     def activation_bytes(self, assignment: Mapping[str, str]) -> float:
         """Predicted bytes that are kept from the forward to the backward pass.
 
@@ -272,13 +277,6 @@ class Problem:
                 if fixes_result(chosen) and chosen != "fp32" and assignment[store] != chosen:
                     yield f"{store} must be {chosen}, the format {name} returns"
 
-    def solution(self, assignment: Mapping[str, str], bound: float) -> "Solution":
-        """An assignment with its predicted time and error, and a proven bound on the time."""
-        seconds = self.seconds(assignment)
-        least = min(bound, seconds)
-        gap = (seconds - least) / seconds if seconds else 0.0
-        return Solution(dict(assignment), seconds, self.error(assignment), least, gap)
-
     def uniform(self, name: str = "fp32") -> dict[str, str]:
         """The assignment of one format to every site."""
         return dict.fromkeys(self.options, name)
@@ -320,3 +318,20 @@ class Solution:
     error: float
     bound: float
     gap: float
+
+    def later(self, seconds: float) -> "Solution":
+        """The same where everything takes so many seconds more."""
+        total = self.seconds + seconds
+        gap = (self.seconds - self.bound) / total if total else 0.0
+        return replace(self, seconds=total, bound=self.bound + seconds, gap=gap)
+
+
+def judged(problem: Problem, assignment: dict[str, str], bound: float) -> Solution:
+    """An assignment with its exact time and error."""
+    broken = next(problem.violations(assignment), None)
+    if broken:
+        raise InternalError(f"the solver returned an illegal assignment: {broken}")
+    exact = problem.seconds(assignment)
+    bound = min(bound, exact)
+    gap = (exact - bound) / exact if exact else 0.0
+    return Solution(assignment, exact, problem.error(assignment), bound, gap)

@@ -1,7 +1,8 @@
 """Write down what a unit decided, as a plan."""
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 
 import torch
@@ -11,6 +12,7 @@ from precision_compiler.errors import InternalError
 from precision_compiler.facts import facts_of
 from precision_compiler.flags import Flag
 from precision_compiler.formats import format_of_dtype
+from precision_compiler.frontier import FRONTIER_VERSION, Frontier, FrontierPoint
 from precision_compiler.graph import base_name, is_movement, value_of
 from precision_compiler.pipeline import Unit
 from precision_compiler.plan import (
@@ -44,7 +46,10 @@ def plan_of_unit(
     problem, solution = unit.problem, unit.solution
     variances = problem.variances(solution.assignment)
     reason = trial.sentence if trial is not None and trial.winner != "plan" else None
-    sites = {site.name: _site_choice(site, unit, variances, reason) for site in unit.joint.sites}
+    total = sum(variances.values())
+    sites = {
+        site.name: _site_choice(site, unit, variances, total, reason) for site in unit.joint.sites
+    }
     graph = unit.joint.module.graph
     return Plan(
         schema_version=SCHEMA_VERSION,
@@ -60,6 +65,42 @@ def plan_of_unit(
         flags=(*unit.flags, *_flags_of_plan(solution, verification)),
         verification=verification,
         trial=trial,
+    )
+
+
+def frontier_of_unit(unit: Unit, loss_origin: str, points: Sequence[Solution]) -> Frontier:
+    """The frontier of a unit whose formats are chosen."""
+    if unit.solution is None:
+        raise InternalError("a frontier is written before formats are chosen")
+    problem = unit.problem
+    return Frontier(
+        schema_version=FRONTIER_VERSION,
+        target=unit.target.name,
+        fingerprint=fingerprint(unit.joint.sites),
+        loss_origin=loss_origin,
+        versions=versions(),
+        fp32=_unproven(problem, problem.uniform()),
+        autocast=_unproven(problem, unit.baseline),
+        budget=unit.budget,
+        chosen=_frontier_point(problem, unit.solution),
+        points=tuple(_frontier_point(problem, solution) for solution in points),
+    )
+
+
+def _unproven(problem: Problem, assignment: Mapping[str, str]) -> FrontierPoint:
+    seconds, error = problem.seconds(assignment), problem.error(assignment)
+    return _frontier_point(problem, Solution(assignment, seconds, error, 0.0, 1.0))
+
+
+def _frontier_point(problem: Problem, solution: Solution) -> FrontierPoint:
+    chosen, links = solution.assignment, problem.links
+    return FrontierPoint(
+        error=solution.error,
+        seconds=solution.seconds,
+        bound_seconds=solution.bound,
+        gap=solution.gap,
+        contractions=Counter(chosen[name] for name in links.contractions),
+        stores=Counter(chosen[name] for name in links.stores),
     )
 
 
@@ -139,7 +180,7 @@ def _tensor_error(problem: Problem, solution: Solution) -> float | None:
 
 
 def _site_choice(
-    site: Site, unit: Unit, variances: dict[str, float], why: str | None
+    site: Site, unit: Unit, variances: dict[str, float], total: float, why: str | None
 ) -> SiteChoice:
     problem = unit.problem
     chosen = unit.assignment[site.name]
@@ -152,7 +193,6 @@ def _site_choice(
         )
         for name in unit.formats_for(site.kind)
     }
-    total = sum(variances.values())
     return SiteChoice(
         kind=site.kind,
         role=site.role,

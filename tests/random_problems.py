@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import cos, radians
 from typing import Any
 
@@ -144,6 +145,70 @@ def problems(draw: st.DrawFn, most_stores: int = 3) -> Problem:
     raised = {name: draw(factors) for name in options if draw(rarely)}
     links = Links(contractions, stores, reads, results)
     return Described(links, options, prices, statistics, raised)
+
+
+def side_by_side(*parts: Problem) -> Problem:
+    """Problems that share nothing but a budget; the names of each get its number in front."""
+    known = [part.statistics for part in parts]
+
+    def merged(tables: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
+        return {
+            _numbered(number, key): value
+            for number, table in enumerate(tables)
+            for key, value in table.items()
+        }
+
+    links = Links(
+        merged([part.links.contractions for part in parts]),
+        {
+            name: storage(name)
+            for number, part in enumerate(parts)
+            for name in (_numbered(number, store) for store in part.links.stores)
+        },
+        tuple(
+            Link(
+                _numbered(number, link.contraction), link.argument,
+                _numbered(number, link.source), link.store and _numbered(number, link.store),
+                link.companion,
+            )
+            for number, part in enumerate(parts)
+            for link in part.links.reads
+        ),
+        _renamed([part.links.results for part in parts]),
+    )  # fmt: skip
+    prices = Prices(
+        merged([part.prices.contractions for part in parts]),
+        merged([part.prices.stores for part in parts]),
+        merged([part.prices.casts for part in parts]),
+    )
+    pairs = tuple(
+        replace(pair, first=_numbered(number, pair.first), second=_numbered(number, pair.second))
+        for number, each in enumerate(known)
+        for pair in each.correlations
+    )
+    statistics = Statistics(
+        merged([each.stores for each in known]),
+        merged([each.operands for each in known]),
+        merged([each.internals for each in known]),
+        pairs,
+        _renamed([each.exact for each in known]),
+        accumulations=merged([each.accumulations for each in known]),
+    )
+    options = merged([part.options for part in parts])
+    return Described(links, options, prices, statistics, merged([part.raised for part in parts]))
+
+
+def _numbered(number: int, key: Any) -> Any:
+    """A name, or the name that a pair starts with, with a number in front."""
+    return f"{number}{key}" if isinstance(key, str) else (f"{number}{key[0]}", key[1])
+
+
+def _renamed(tables: Sequence[Mapping[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
+    return {
+        f"{number}{key}": tuple(f"{number}{value}" for value in values)
+        for number, table in enumerate(tables)
+        for key, values in table.items()
+    }
 
 
 def legal_assignments(problem: Problem) -> Iterator[dict[str, str]]:

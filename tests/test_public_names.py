@@ -7,11 +7,21 @@ import pytest
 import precision_compiler
 from precision_compiler import errors
 
-CLASSES = {"Flag", "MeasuredError", "Plan", "Target", "Verification", "Workload"}
+CLASSES = {
+    "Flag",
+    "Frontier",
+    "FrontierPoint",
+    "MeasuredError",
+    "Plan",
+    "Target",
+    "Verification",
+    "Workload",
+}
 MAIN_NAMES = CLASSES | {
     "compile",
     "emulate",
     "export_onnx",
+    "make_frontier",
     "make_plan",
     "measure_error",
     "plan_of",

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from precision_compiler.errors import BudgetError
 from precision_compiler.links import Link, Links
-from precision_compiler.passes.assign.choose_formats import ChooseFormats, solve
+from precision_compiler.passes.assign.choose_formats import ChooseFormats
 from precision_compiler.pipeline import Unit
 from precision_compiler.problem import Prices, Problem, argument_format, fixes_result
+from precision_compiler.solver import solve
 from precision_compiler.statistics import Statistics
 from tests.helpers import bare_unit
 from tests.random_problems import (
