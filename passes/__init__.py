@@ -6,6 +6,7 @@ if __name__ != "precision_compiler.passes":
         f"{__name__!r} would have types of its own"
     )
 
+from precision_compiler.passes.analyse.borrow_statistics import BorrowStatistics
 from precision_compiler.passes.analyse.measure_sensitivity import MeasureSensitivity
 from precision_compiler.passes.analyse.raise_flags import RaiseFlags
 from precision_compiler.passes.assign.choose_formats import ChooseFormats
@@ -36,6 +37,9 @@ JUDGE: tuple[Pass, ...] = (
 DECIDE: tuple[Pass, ...] = (MeasureSensitivity(), *JUDGE)
 """From a captured graph to an assignment."""
 
+BORROW: tuple[Pass, ...] = (BorrowStatistics(), *JUDGE)
+"""From a graph that cannot be run to an assignment."""
+
 CHOOSE: tuple[Pass, ...] = (ChooseFormats(),)
 """From corrected predictions to another assignment."""
 
@@ -52,4 +56,4 @@ EMULATE: tuple[Pass, ...] = (EmulateFormats(everything=True),)
 
 DEFAULT: tuple[Pass, ...] = DECIDE + REWRITE
 
-__all__ = ["CHOOSE", "DECIDE", "DEFAULT", "EMULATE", "JUDGE", "REWRITE"]
+__all__ = ["BORROW", "CHOOSE", "DECIDE", "DEFAULT", "EMULATE", "JUDGE", "REWRITE"]

@@ -14,7 +14,7 @@ import precision_compiler.passes as shipped
 from precision_compiler.graph import copied
 from precision_compiler.journal import Journal
 from precision_compiler.links import find_links
-from precision_compiler.passes import CHOOSE, DECIDE, DEFAULT, EMULATE, REWRITE
+from precision_compiler.passes import BORROW, CHOOSE, DECIDE, DEFAULT, EMULATE, REWRITE
 from precision_compiler.pipeline import Numerics, Pass, Pipeline, Unit
 from precision_compiler.plan import Budget
 from precision_compiler.problem import fixes_result
@@ -22,7 +22,8 @@ from precision_compiler.replay import gradients_of
 from tests.helpers import machine
 from tests.models import MODELS, captured, planned
 
-each = pytest.mark.parametrize("step", DEFAULT, ids=[step.name for step in DEFAULT])
+EVERY = (*DEFAULT, BORROW[0])
+each = pytest.mark.parametrize("step", EVERY, ids=[step.name for step in EVERY])
 CARRY_OUT = (*REWRITE, *EMULATE)
 each_rewrite = pytest.mark.parametrize(
     "step", CARRY_OUT, ids=[step.name + " everything" * (step in EMULATE) for step in CARRY_OUT]
@@ -49,18 +50,24 @@ def test_test_file_has_the_same_name(step: Pass) -> None:
 def test_lists_for_parts_of_the_way_hold_the_same_passes() -> None:
     """CHOOSE is the last step of deciding; EMULATE a lowering that takes the place of REWRITE."""
     assert DECIDE[-len(CHOOSE) :] == CHOOSE
+    assert BORROW[1:] == DECIDE[1:]
     for part in (CHOOSE, EMULATE, REWRITE, DECIDE):
         assert {step.name for step in part} <= {step.name for step in DEFAULT}
-    for part, given in ((DECIDE, ()), (REWRITE, ["assignment"]), (EMULATE, ["assignment"])):
+    for part, given in (
+        (DECIDE, ()),
+        (BORROW, ()),
+        (REWRITE, ["assignment"]),
+        (EMULATE, ["assignment"]),
+    ):
         Pipeline(part, frozenset(given))  # in an order in which each finds what it reads
 
 
 def test_names_are_unique_and_the_list_is_complete() -> None:
-    assert len({step.name for step in DEFAULT}) == len(DEFAULT)
+    assert len({step.name for step in EVERY}) == len(EVERY)
     assert (*DECIDE, *REWRITE) == DEFAULT
     folder = Path(str(shipped.__file__)).parent
     files = {path.stem for path in folder.glob("*/*.py") if path.stem != "__init__"}
-    assert files == {step.name.replace("-", "_") for step in DEFAULT}
+    assert files == {step.name.replace("-", "_") for step in EVERY}
 
 
 @each

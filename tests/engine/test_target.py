@@ -10,7 +10,7 @@ import torch
 
 from precision_compiler import measure
 from precision_compiler.errors import TargetError
-from precision_compiler.formats import FORMATS
+from precision_compiler.formats import CHOICES
 from precision_compiler.measure import (
     Machine,
     Traffic,
@@ -56,9 +56,9 @@ def test_shipped_target_is_plausible(name: str) -> None:
     target = Target.load(name)
     assert target.name == name
     assert target.machine is None
-    assert set(target.formats) <= set(FORMATS)
+    assert set(target.formats) <= set(CHOICES)
     assert 0 < target.bandwidth_fraction <= 1
-    assert not set(target.gemm_formats) & set(FORMATS)
+    assert not set(target.gemm_formats) & set(CHOICES)
     wide = ("fp32", "tf32", "bf16")
     rates = [target.formats[fmt].flops for fmt in wide if fmt in target.formats]
     assert rates == sorted(rates)
@@ -84,7 +84,7 @@ def test_formats_follow_the_hardware() -> None:
         assert {"e4m3", "mxfp8", "mxfp4", "nvfp4"} <= has(name), name
     assert Target.load("h100").formats["e4m3"].layouts == "tn"
     assert Target.load("b300").formats["e4m3"].layouts == "any"
-    assert Target.load("b300").gemm_formats["nvfp4"].layouts == "tn"
+    assert Target.load("b300").rate("nvfp4").layouts == "tn"
 
 
 def test_names_start_with_this_machine() -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from precision_compiler.formats import FORMATS
+from precision_compiler.formats import CHOICES
 from precision_compiler.passes.cost.find_kernels import FindKernels, is_fused
 from precision_compiler.passes.cost.price_traffic import PriceTraffic
 from precision_compiler.pipeline import Unit
@@ -71,7 +71,7 @@ def test_cast_of_an_input_or_a_contractions_result_is_a_kernel_of_its_own() -> N
 def test_every_operand_and_result_of_a_contraction_has_prices_in_every_format() -> None:
     unit = priced("x:f32[32,32] y:f32[32,32] | t = t x | a = mm t x | b = relu y | return a b")
     assert set(unit.cast_prices) == {"x", "a"}
-    assert all(set(row) == set(FORMATS) for row in unit.cast_prices.values())
+    assert all(set(row) == set(CHOICES) for row in unit.cast_prices.values())
 
 
 @pytest.mark.parametrize(
