@@ -9,7 +9,7 @@ import argparse
 import datetime
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,20 @@ def batches(make: Callable[[], nn.Module]) -> Iterator[Any]:
 
 def target_named(name: str) -> Target:
     """A shipped target; small models on the compute-bound one weigh formats as large ones do."""
-    if name != COMPUTE_BOUND:
-        return Target.load(name)
-    known = Target.load("h100")
+    return compute_bound("h100") if name == COMPUTE_BOUND else Target.load(name)
+
+
+def compute_bound(name: str, formats: Collection[str] = ()) -> Target:
+    """A target without launch costs and with memory that is never waited for.
+
+    Args:
+        name: of the shipped target.
+        formats: that it keeps; all of them if none are named.
+    """
+    known = Target.load(name)
+    rates = {fmt: rate for fmt, rate in known.formats.items() if not formats or fmt in formats}
     fast = 100 * known.bandwidth
-    return replace(known, launch_seconds=0.0, bandwidth=fast, units=None)
+    return replace(known, launch_seconds=0.0, bandwidth=fast, units=None, formats=rates)
 
 
 def measure(make: Callable[[], nn.Module], target: str, budget: float | str) -> dict[str, Any]:

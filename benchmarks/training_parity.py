@@ -11,6 +11,7 @@ Run: python benchmarks/training_parity.py -o training_parity.json
 """
 
 import argparse
+import dataclasses
 import datetime
 import gc
 import json
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from predicted_error import COMPUTE_BOUND, target_named
+from predicted_error import compute_bound
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -49,9 +50,32 @@ FORTUNE_TOKENS, FORTUNE_BATCH, FORTUNES_HELD_OUT = 64, 32, 600
 WARM_UP = 0.1  # of the steps, linear; then a cosine down to a tenth of the peak
 EVALUATIONS = 20
 UNTIMED = 3  # first steps, which compile
-PLANS: dict[str, tuple[str, float | str]] = {
-    "plan": ("auto", "auto"),
-    "fp8 plan": (COMPUTE_BOUND, 0.1),
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a variant's plan is made; on `machine` with `formats`, within `budget`.
+
+    Attributes:
+        machine: a shipped target without memory's limits, emulated; "auto" for this machine.
+        formats: that plans choose from.
+        budget: largest relative gradient error.
+        uniform: format of every matrix product that it fits, whatever the solver says.
+    """
+
+    machine: str
+    formats: tuple[str, ...]
+    budget: float | str
+    uniform: str | None = None
+
+
+WIDE = ("fp32", "bf16")
+PLANS = {
+    "plan": Recipe("auto", (), "auto"),
+    "fp8 plan": Recipe("h100", (*WIDE, "tf32", "fp16", "e4m3", "e5m2"), 0.1),
+    "mxfp8 plan": Recipe("b200", (*WIDE, "mxfp8"), 0.1),
+    "nvfp4 plan": Recipe("b200", (*WIDE, "mxfp8", "nvfp4"), 0.15),
+    "all nvfp4": Recipe("b200", (*WIDE, "nvfp4"), 1.0, "nvfp4"),
 }
 VARIANTS = ("fp32", "autocast", *PLANS)
 TOLERANCE = 0.0025  # relative loss error that published fp8 training stays within
@@ -156,13 +180,25 @@ def compile_variant(variant: str, model: nn.Module, batch: Any) -> Plan | None:
     if variant not in PLANS:
         model.compile()
         return None
-    target, budget = PLANS[variant]
-    plan = precision_compiler.make_plan(model, batch, target=target_named(target), budget=budget)
-    if target == "auto":
+    recipe = PLANS[variant]
+    if recipe.machine == "auto":
+        plan = precision_compiler.make_plan(model, batch, budget=recipe.budget)
         precision_compiler.compile(model, plan=plan)
-    else:
-        precision_compiler.emulate(model, plan)
+        return plan
+    target = compute_bound(recipe.machine, recipe.formats)
+    plan = precision_compiler.make_plan(model, batch, target=target, budget=recipe.budget)
+    if recipe.uniform is not None:
+        plan = plan.with_formats(uniform(plan, recipe.uniform))
+    precision_compiler.emulate(model, plan)
     return plan
+
+
+def uniform(plan: Plan, fmt: str) -> dict[str, str]:
+    """A format for every product that may have it; what the plan has for everything else."""
+    return {
+        name: fmt if fmt in choice.options and choice.options[fmt].veto is None else choice.format
+        for name, choice in plan.sites.items()
+    }
 
 
 def run(task: Task, seed: int, variant: str, steps: int, tick: Callable[[], object]) -> Record:
@@ -237,10 +273,8 @@ def evaluate(model: nn.Module, task: Task, variant: str, step: int) -> Record:
 def plan_numbers(variant: str, plan: Plan) -> Record:
     """What a plan is for and predicts, and how many contractions it has in each format."""
     formats = [choice.format for choice in plan.sites.values() if choice.kind == "contraction"]
-    target, budget = PLANS[variant]
     return {
-        "target": target,
-        "budget": budget,
+        "recipe": dataclasses.asdict(PLANS[variant]),
         "predicted_gradient_error": plan.predicted_gradient_error,
         "predicted_seconds": plan.predicted_seconds,
         "contractions": {name: formats.count(name) for name in sorted(set(formats))},
@@ -381,11 +415,15 @@ def known_runs(output: Path) -> list[Record]:
 
 
 def missing(
-    tasks: Sequence[Task], wanted: Sequence[Record], seeds: int, runs: Sequence[Record]
+    tasks: Sequence[Task],
+    wanted: Sequence[Record],
+    seeds: int,
+    variants: Sequence[str],
+    runs: Sequence[Record],
 ) -> Iterator[tuple[Task, Record]]:
     """What is left to run: the task and what will identify the run in the file."""
     for task, settings in zip(tasks, wanted, strict=True):
-        for seed, variant in product(range(seeds), VARIANTS):
+        for seed, variant in product(range(seeds), variants):
             row: Record = {"settings": settings, "seed": seed, "variant": variant}
             if not any(row == {key: known[key] for key in row} for known in runs):
                 yield task, row
@@ -401,6 +439,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1000, help="of each run (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
     parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(all)"
+    )
+    parser.add_argument(
         "--workload", choices=[*TASKS, "both"], default="both", help="(%(default)s)"
     )
     return parser.parse_args()
@@ -412,7 +453,7 @@ def main() -> None:
     tasks = [make() for name, make in TASKS.items() if args.workload in (name, "both")]
     wanted = [settings_of(task, args.steps) for task in tasks]
     runs = known_runs(args.output)
-    rows = list(missing(tasks, wanted, args.seeds, runs))
+    rows = list(missing(tasks, wanted, args.seeds, args.variants, runs))
     console = Console()
     with Progress(console=console) as progress:
         bar = progress.add_task("", total=len(rows) * args.steps)
