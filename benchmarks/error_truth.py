@@ -38,15 +38,16 @@ from scipy.stats import spearmanr
 from zoo import MODELS, Example
 
 import precision_compiler
+from precision_compiler.budget import TRUST_REGION, Budget
 from precision_compiler.capture import Captured, capture
 from precision_compiler.errors import BudgetError
+from precision_compiler.files import write_atomically
 from precision_compiler.formats import FORMATS, LOG_UNIFORM_SQUARE, rounding_variance
 from precision_compiler.journal import Journal
 from precision_compiler.measure import measured_machine
 from precision_compiler.passes.analyse.measure_sensitivity import MeasureSensitivity
 from precision_compiler.passes.analyse.raise_flags import RaiseFlags
 from precision_compiler.pipeline import Unit
-from precision_compiler.plan import TRUST_REGION, Budget, write_atomically
 from precision_compiler.problem import Prices, Problem, fixes_result
 from precision_compiler.statistics import Sensitivity
 from precision_compiler.verification import MOST, Truth

@@ -27,10 +27,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from precision_compiler.budget import Budget
 from precision_compiler.capture import capture
 from precision_compiler.compiler import decide
+from precision_compiler.files import write_atomically
 from precision_compiler.passes.assign.choose_formats import solve
-from precision_compiler.plan import Budget, write_atomically
 from precision_compiler.problem import Problem
 from precision_compiler.target import Target
 

@@ -28,13 +28,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch import nn
 
 from benchmarks.llama import SHAPES, Llama
+from precision_compiler.budget import Budget
 from precision_compiler.capture import capture
 from precision_compiler.composed import Composed
+from precision_compiler.files import write_atomically
 from precision_compiler.journal import Journal
 from precision_compiler.passes import JUDGE
 from precision_compiler.passes.analyse.borrow_statistics import BorrowStatistics
 from precision_compiler.pipeline import Pipeline, Unit
-from precision_compiler.plan import Budget, write_atomically
 from precision_compiler.problem import Problem
 from precision_compiler.solver import solve
 from precision_compiler.statistics import METRICS, Sensitivity, Statistics

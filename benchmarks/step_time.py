@@ -29,13 +29,14 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import precision_compiler
+from precision_compiler.budget import Budget
 from precision_compiler.capture import capture
 from precision_compiler.demo.model import GPT
+from precision_compiler.files import write_atomically
 from precision_compiler.journal import Journal
 from precision_compiler.measure import measured_machine
 from precision_compiler.passes import DECIDE
 from precision_compiler.pipeline import Pipeline, Unit
-from precision_compiler.plan import Budget, write_atomically
 from precision_compiler.problem import Problem, fixes_result
 from precision_compiler.record import plan_of_unit
 from precision_compiler.target import Target

@@ -39,8 +39,9 @@ from zoo import IGNORED, bert_tiny_folder, load_transformers, shuffled
 import precision_compiler
 from precision_compiler.demo.model import GPT
 from precision_compiler.demo.text import Corpus
+from precision_compiler.files import write_atomically
 from precision_compiler.measure import measured_machine
-from precision_compiler.plan import Plan, write_atomically
+from precision_compiler.plan import Plan
 
 GPT_SIZE = {"layers": 3, "width": 192, "heads": 3, "length": 128}
 GPT_BATCH, GPT_HELD_OUT = 8, 16

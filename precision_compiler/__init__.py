@@ -15,6 +15,7 @@ from precision_compiler.errors import (
     ToolchainError,
     WorkloadError,
 )
+from precision_compiler.explain import Alternative, Explanation, explain
 from precision_compiler.export import export_onnx
 from precision_compiler.flags import Flag
 from precision_compiler.frontier import Frontier, FrontierPoint
@@ -23,9 +24,11 @@ from precision_compiler.target import Target
 from precision_compiler.workload import Workload
 
 __all__ = [
+    "Alternative",
     "AnalysisError",
     "BudgetError",
     "CaptureError",
+    "Explanation",
     "ExportError",
     "Flag",
     "FormatError",
@@ -44,6 +47,7 @@ __all__ = [
     "WorkloadError",
     "compile",
     "emulate",
+    "explain",
     "export_onnx",
     "make_frontier",
     "make_plan",

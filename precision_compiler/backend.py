@@ -12,6 +12,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+from precision_compiler.budget import Budget
 from precision_compiler.calling import Loss, apart, unbroken_by_logging
 from precision_compiler.capture import capture, captured_alone
 from precision_compiler.compiler import Decision, as_target, check_plan, decide, plan_for, rewrite
@@ -19,7 +20,7 @@ from precision_compiler.errors import PlanError, PrecisionError
 from precision_compiler.joint import JointGraph, input_names, trace_joint
 from precision_compiler.passes import EMULATE, REWRITE
 from precision_compiler.pipeline import Pass
-from precision_compiler.plan import Budget, Plan, Trial, digest_of
+from precision_compiler.plan import Plan, Trial, digest_of
 from precision_compiler.target import Target
 from precision_compiler.toolchain import require_toolchain
 from precision_compiler.trial import run_trial

@@ -12,6 +12,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from precision_compiler import Plan, Target, export_onnx, make_frontier, make_plan
 from precision_compiler.demo import Demo, run_demo
 from precision_compiler.errors import PrecisionError
+from precision_compiler.report.explanation import show_explanation
 from precision_compiler.report.frontier import draw_frontier, show_frontier
 from precision_compiler.report.show import show_plan
 from precision_compiler.report.targets import explain_target, show_targets
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_pareto(commands)
     _add_show(commands)
+    _add_explain(commands)
     _add_export(commands)
     _add_targets(commands)
     return parser
@@ -176,6 +178,19 @@ def _add_show(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.set_defaults(command=_show)
 
 
+def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="say why a site has its format, and what any other would cost",
+        description="Solves the plan's decision problem again with each other format forced on a "
+        "site, and prints what that costs in time and error and what else would change.",
+        epilog="example: precision-compiler explain plan.json blocks.0.fc.wgrad",
+    )
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan.json")
+    parser.add_argument("site", metavar="SITE", help="a site's name, as `show --sites` lists them")
+    parser.set_defaults(command=_explain)
+
+
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "export",
@@ -261,6 +276,13 @@ def _pareto(options: argparse.Namespace) -> None:
 
 def _show(options: argparse.Namespace) -> None:
     show_plan(Plan.load(options.plan), Console(), every_site=options.sites)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    plan = Plan.load(options.plan)
+    with _spinner("solving again"):
+        found = plan.explain(options.site)
+    show_explanation(found, Console())
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from precision_compiler.budget import Budget
 from precision_compiler.calling import Loss
 from precision_compiler.capture import Captured, capture
 from precision_compiler.errors import PlanMismatch
@@ -16,7 +17,7 @@ from precision_compiler.passes import JUDGE, REWRITE
 from precision_compiler.passes.analyse.borrow_statistics import BorrowStatistics
 from precision_compiler.passes.analyse.measure_sensitivity import MeasureSensitivity
 from precision_compiler.pipeline import Pass, Pipeline, Progress, Unit, silent
-from precision_compiler.plan import Budget, MeasuredError, Plan, Trial, Verification
+from precision_compiler.plan import MeasuredError, Plan, Trial, Verification
 from precision_compiler.problem import judged
 from precision_compiler.record import frontier_of_unit, plan_of_unit
 from precision_compiler.sites import Site, find_sites, fingerprint

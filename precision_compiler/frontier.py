@@ -7,9 +7,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from precision_compiler.budget import Budget
 from precision_compiler.errors import PlanError
+from precision_compiler.files import write_atomically
 from precision_compiler.journal import STRICT
-from precision_compiler.plan import Budget, write_atomically
 
 FRONTIER_VERSION = 1
 

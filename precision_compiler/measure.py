@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from precision_compiler.files import write_atomically
 from precision_compiler.formats import FORMATS
-from precision_compiler.plan import write_atomically
 from precision_compiler.sizes import size_hint
 
 CACHE = Path.home() / ".cache" / "precision_compiler"

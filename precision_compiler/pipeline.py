@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 
 from torch import fx
 
+from precision_compiler.budget import Budget
 from precision_compiler.capture import Captured
 from precision_compiler.errors import InternalError, OrderError, PrecisionError
 from precision_compiler.flags import Flag
@@ -18,7 +19,6 @@ from precision_compiler.graph import root_of, shape_of, value_of
 from precision_compiler.joint import JointGraph
 from precision_compiler.journal import Journal, JournalEntry
 from precision_compiler.links import Links, find_links
-from precision_compiler.plan import Budget
 from precision_compiler.problem import Prices, Problem, Saved, Solution, Table, fixes_result
 from precision_compiler.statistics import Statistics
 from precision_compiler.target import Target

@@ -3,83 +3,27 @@
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from precision_compiler.errors import BudgetError, PlanError
+from precision_compiler.budget import Budget
+from precision_compiler.errors import PlanError
+from precision_compiler.files import write_atomically
 from precision_compiler.flags import Flag
 from precision_compiler.formats import CHOICES
 from precision_compiler.journal import STRICT, JournalEntry
+from precision_compiler.tables import Tables
+
+if TYPE_CHECKING:
+    from precision_compiler.explain import Explanation
 
 SCHEMA_VERSION = 3
-
-TRUST_REGION = 0.2
-"""Predicted relative gradient error up to which first-order analysis was found to hold."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The allowed relative gradient error ``||dG|| / ||G||``.
-
-    Attributes:
-        asked: what the user asked for: a number, "autocast", "noise:x" or "auto".
-        limit: the number it came to.
-        origin: a sentence on how the limit was found.
-        bound_by: which term set the limit.
-        noise_factor: the x of "noise:x".
-        autocast: predicted error of torch.autocast's bf16 policy.
-        noise: standard deviation of the gradient between mini-batches over its norm; None if it
-            could not be estimated.
-        noise_origin: what the noise was estimated from, or why it was not.
-    """
-
-    __pydantic_config__ = STRICT
-
-    asked: str
-    limit: float
-    origin: str
-    bound_by: Literal["number", "autocast", "noise", "trust region", "nothing yet"] = "number"
-    noise_factor: float | None = None
-    autocast: float | None = None
-    noise: float | None = None
-    noise_origin: str = ""
-
-    @property
-    def needs_noise(self) -> bool:
-        """Whether the limit depends on the gradient's noise between mini-batches."""
-        return self.asked == "auto" or self.noise_factor is not None
-
-    @staticmethod
-    def parse(asked: float | str) -> "Budget":
-        """Read what the user asked for; all but numbers get their limit in a pass.
-
-        Raises:
-            BudgetError: neither a number of 0 or more, nor "autocast", "noise:x" or "auto".
-        """
-        if asked in ("auto", "autocast"):
-            return Budget(str(asked), float("inf"), "not measured yet", "nothing yet")
-        word, colon, rest = str(asked).partition(":")
-        of_noise = word == "noise" and bool(colon)
-        try:
-            number = float(rest if of_noise else asked)
-        except (TypeError, ValueError):
-            number = -1.0
-        if not (isfinite(number) and number >= 0):
-            raise BudgetError(
-                f"budget {asked!r} is none of 'auto', 'autocast', 'noise:x' and a finite number "
-                ">= 0: pass the largest allowed relative gradient error, for example 0.01"
-            )
-        if of_noise:
-            asked, origin = f"noise:{number:g}", "not measured yet"
-            return Budget(asked, float("inf"), origin, "nothing yet", noise_factor=number)
-        return Budget(f"{number:g}", number, "set by the user")
 
 
 @dataclass(frozen=True)
@@ -305,6 +249,7 @@ class Plan:
         flags: what may go wrong, vetoes included.
         verification: the check on a batch; None if there was none.
         trial: the steps that were timed; None if there were none.
+        tables: what the decision rested on; None in plans that were not solved for.
     """
 
     __pydantic_config__ = STRICT
@@ -322,6 +267,7 @@ class Plan:
     flags: tuple[Flag, ...] = ()
     verification: Verification | None = None
     trial: Trial | None = None
+    tables: Tables | None = None
 
     @property
     def predicted_gradient_error(self) -> float:
@@ -337,6 +283,16 @@ class Plan:
     def assignment(self) -> dict[str, str]:
         """Format by site name."""
         return {name: choice.format for name, choice in self.sites.items()}
+
+    def explain(self, site: str) -> "Explanation":
+        """Why a site has its format, and what every other would cost (by solving again).
+
+        Raises:
+            PlanError: there is no such site, or the plan does not carry its decision problem.
+        """
+        from precision_compiler.explain import explain  # which itself reads plans
+
+        return explain(self, site)
 
     def with_formats(self, assignment: Mapping[str, str]) -> "Plan":
         """A plan to carry out with other formats; what it says of times and errors is not theirs.
@@ -423,19 +379,6 @@ def digest_of(fingerprint: str, assignment: Mapping[str, str]) -> str:
     """Hash of a graph's fingerprint and the formats of its sites."""
     text = json.dumps(sorted(assignment.items()))
     return hashlib.sha256(f"{fingerprint}{text}".encode()).hexdigest()
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file through a temporary one beside it; text is written as UTF-8."""
-    written = content.encode() if isinstance(content, str) else content
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(written)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _finite(number: str) -> float:

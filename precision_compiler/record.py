@@ -8,6 +8,7 @@ from importlib import metadata
 import torch
 from torch import fx
 
+from precision_compiler.budget import TRUST_REGION
 from precision_compiler.errors import InternalError
 from precision_compiler.facts import facts_of
 from precision_compiler.flags import Flag
@@ -17,7 +18,6 @@ from precision_compiler.graph import base_name, is_movement, value_of
 from precision_compiler.pipeline import Unit
 from precision_compiler.plan import (
     SCHEMA_VERSION,
-    TRUST_REGION,
     NodeChoice,
     Option,
     Plan,
@@ -29,6 +29,7 @@ from precision_compiler.plan import (
 from precision_compiler.problem import Problem, Solution, fixes_result
 from precision_compiler.sites import Site, fingerprint
 from precision_compiler.statistics import METRICS
+from precision_compiler.thaw import tables_of
 from precision_compiler.verify import is_ours
 
 TENSOR, LOSS = METRICS.index("tensor"), METRICS.index("loss")
@@ -65,6 +66,7 @@ def plan_of_unit(
         flags=(*unit.flags, *_flags_of_plan(solution, verification)),
         verification=verification,
         trial=trial,
+        tables=tables_of(problem, unit.baseline),
     )
 
 

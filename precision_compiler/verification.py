@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
+from precision_compiler.budget import Budget
 from precision_compiler.capture import Captured
 from precision_compiler.journal import Journal
 from precision_compiler.passes import CHOOSE, EMULATE
 from precision_compiler.pipeline import Pipeline, Progress, Unit, silent
-from precision_compiler.plan import Budget, MeasuredError, Verification
+from precision_compiler.plan import MeasuredError, Verification
 from precision_compiler.replay import gradients_of, relative_error
 from precision_compiler.statistics import METRICS
 

@@ -19,11 +19,11 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
+from precision_compiler.budget import Budget
 from precision_compiler.graph import CONVERT, base_name, refresh
 from precision_compiler.joint import JointGraph
 from precision_compiler.journal import Journal
 from precision_compiler.pipeline import Pass, Pipeline, Unit
-from precision_compiler.plan import Budget
 from precision_compiler.problem import Problem
 from precision_compiler.target import FormatRate, Target
 

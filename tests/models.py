@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from precision_compiler.budget import Budget
 from precision_compiler.calling import Loss
 from precision_compiler.capture import Captured, capture
 from precision_compiler.compiler import plan_for
-from precision_compiler.plan import Budget, Plan
+from precision_compiler.plan import Plan
 from tests.helpers import machine
 
 

@@ -2,12 +2,12 @@
 
 from hypothesis import strategies as st
 
+from precision_compiler.budget import Budget
 from precision_compiler.flags import FLAGS, Flag
 from precision_compiler.formats import FORMATS
 from precision_compiler.journal import JournalEntry
 from precision_compiler.plan import (
     SCHEMA_VERSION,
-    Budget,
     MeasuredError,
     NodeChoice,
     Option,

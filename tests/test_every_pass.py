@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import precision_compiler.passes as shipped
+from precision_compiler.budget import Budget
 from precision_compiler.graph import copied
 from precision_compiler.journal import Journal
 from precision_compiler.links import find_links
 from precision_compiler.passes import BORROW, CHOOSE, DECIDE, DEFAULT, EMULATE, REWRITE
 from precision_compiler.pipeline import Numerics, Pass, Pipeline, Unit
-from precision_compiler.plan import Budget
 from precision_compiler.problem import fixes_result
 from precision_compiler.replay import gradients_of
 from tests.helpers import machine

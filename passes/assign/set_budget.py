@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from precision_compiler.budget import TRUST_REGION, Budget
 from precision_compiler.errors import BudgetError, InternalError
 from precision_compiler.pipeline import Numerics, Unit
-from precision_compiler.plan import TRUST_REGION, Budget
 
 AUTO_NOISE = 0.1
 """Share of the mini-batch noise that "auto" allows: it adds 1 % to the gradient's variance."""

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from precision_compiler.errors import PlanError
+from precision_compiler.files import write_atomically
 from precision_compiler.formats import FORMATS
 from precision_compiler.frontier import Frontier, FrontierPoint
-from precision_compiler.plan import write_atomically
 from precision_compiler.report.show import milliseconds
 
 

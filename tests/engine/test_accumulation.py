@@ -13,13 +13,13 @@ from precision_compiler.accumulation import (
     products,
     same_sign_terms,
 )
+from precision_compiler.budget import Budget
 from precision_compiler.formats import FORMATS, round_to
 from precision_compiler.graph import contraction_rule
 from precision_compiler.journal import Journal
 from precision_compiler.passes.analyse.measure_sensitivity import MeasureSensitivity
 from precision_compiler.passes.analyse.raise_flags import RaiseFlags
 from precision_compiler.pipeline import Unit
-from precision_compiler.plan import Budget
 from precision_compiler.replay import execute, gradients_of, relative_error
 from precision_compiler.target import Target
 from tests.helpers import machine

@@ -12,12 +12,9 @@ from hypothesis import strategies as st
 
 from precision_compiler.compiler import make_plan
 from precision_compiler.errors import PlanError
+from precision_compiler.files import write_atomically
 from precision_compiler.formats import FORMATS
-from precision_compiler.plan import (
-    Plan,
-    SiteDifference,
-    write_atomically,
-)
+from precision_compiler.plan import Plan, SiteDifference
 from tests.helpers import machine
 from tests.models import made, planned
 from tests.random_plans import plans

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from precision_compiler.budget import Budget
 from precision_compiler.capture import Captured, capture
 from precision_compiler.emulation import quantise
 from precision_compiler.journal import Journal
 from precision_compiler.passes import CHOOSE, DECIDE, REWRITE
 from precision_compiler.pipeline import Pipeline, Unit
-from precision_compiler.plan import Budget, Plan
+from precision_compiler.plan import Plan
 from precision_compiler.record import plan_of_unit
 from precision_compiler.replay import gradients_of
 from precision_compiler.statistics import Measured, Sensitivity

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from precision_compiler.budget import Budget
 from precision_compiler.flags import Flag
 from precision_compiler.plan import (
     SCHEMA_VERSION,
-    Budget,
     MeasuredError,
     Option,
     Plan,

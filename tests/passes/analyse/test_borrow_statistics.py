@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from precision_compiler import make_plan, measure_error
+from precision_compiler.budget import Budget
 from precision_compiler.capture import capture
 from precision_compiler.compiler import plan_for
 from precision_compiler.errors import AnalysisError, BudgetError
 from precision_compiler.paper import lend
-from precision_compiler.plan import Budget, Plan
+from precision_compiler.plan import Plan
 from precision_compiler.sites import fingerprint
 from tests.helpers import machine
 from tests.models import MODELS, captured, gpt, made, planned

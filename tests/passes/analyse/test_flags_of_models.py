@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from precision_compiler.budget import Budget
 from precision_compiler.capture import capture
 from precision_compiler.flags import FLAGS
 from precision_compiler.formats import FORMATS
@@ -13,7 +14,6 @@ from precision_compiler.journal import Journal
 from precision_compiler.passes.analyse.measure_sensitivity import MeasureSensitivity
 from precision_compiler.passes.analyse.raise_flags import RaiseFlags
 from precision_compiler.pipeline import Unit
-from precision_compiler.plan import Budget
 from tests.helpers import machine
 from tests.models import planned
 

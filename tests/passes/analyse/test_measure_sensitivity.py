@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from precision_compiler.attention import substitutes
+from precision_compiler.budget import Budget
 from precision_compiler.capture import Captured, capture
 from precision_compiler.compiler import rewritten
 from precision_compiler.errors import AnalysisError, InternalError
@@ -18,7 +19,6 @@ from precision_compiler.journal import Journal
 from precision_compiler.links import find_links
 from precision_compiler.passes.analyse.measure_sensitivity import MeasureSensitivity
 from precision_compiler.pipeline import Unit
-from precision_compiler.plan import Budget
 from precision_compiler.replay import execute, gradients_of, relative_error
 from precision_compiler.statistics import Sensitivity, Statistics
 from tests import models

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from precision_compiler.budget import Budget
 from precision_compiler.capture import Captured, capture, captured_alone
 from precision_compiler.formats import FORMATS, ulp
 from precision_compiler.joint import trace_joint
@@ -15,7 +16,6 @@ from precision_compiler.journal import Journal
 from precision_compiler.links import find_links
 from precision_compiler.passes.analyse.measure_sensitivity import MeasureSensitivity
 from precision_compiler.pipeline import Unit
-from precision_compiler.plan import Budget
 from precision_compiler.problem import Prices, Problem
 from precision_compiler.replay import execute, gradients_of
 from precision_compiler.statistics import METRICS, Statistics

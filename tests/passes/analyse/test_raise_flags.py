@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from precision_compiler.budget import Budget
 from precision_compiler.errors import InternalError
 from precision_compiler.flags import FLAGS
 from precision_compiler.journal import Journal
 from precision_compiler.passes.analyse.raise_flags import RaiseFlags
 from precision_compiler.pipeline import Unit
-from precision_compiler.plan import Budget
 from precision_compiler.statistics import (
     Accumulated,
     Measured,

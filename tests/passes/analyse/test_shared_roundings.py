@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from precision_compiler.budget import Budget
 from precision_compiler.capture import Captured, capture
 from precision_compiler.formats import FORMATS
 from precision_compiler.journal import Journal
 from precision_compiler.links import find_links
 from precision_compiler.passes.analyse.measure_sensitivity import MeasureSensitivity
 from precision_compiler.pipeline import Unit
-from precision_compiler.plan import Budget
 from precision_compiler.problem import Prices, Problem
 from precision_compiler.replay import gradients_of
 from precision_compiler.statistics import Statistics

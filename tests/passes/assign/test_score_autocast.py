@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from precision_compiler.budget import Budget
 from precision_compiler.capture import Captured, capture
 from precision_compiler.formats import FORMATS
 from precision_compiler.graph import contraction_rule, is_cast, uses_past_movement, value_of
@@ -14,7 +15,6 @@ from precision_compiler.journal import Journal
 from precision_compiler.passes import DECIDE
 from precision_compiler.passes.assign.score_autocast import ScoreAutocast, autocast_assignment
 from precision_compiler.pipeline import Pipeline, Unit
-from precision_compiler.plan import Budget
 from precision_compiler.sites import named_nodes, output_nodes
 from precision_compiler.statistics import Statistics
 from tests.helpers import graph, machine, unit_of

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from precision_compiler.budget import TRUST_REGION, Budget
 from precision_compiler.errors import BudgetError, InternalError
 from precision_compiler.passes.assign.set_budget import AUTO_NOISE, SetBudget, limited
 from precision_compiler.pipeline import Unit
-from precision_compiler.plan import TRUST_REGION, Budget
 from tests.helpers import bare_unit
 from tests.random_problems import ROUNDING, readers
 

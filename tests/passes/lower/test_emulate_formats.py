@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, fx
 
+from precision_compiler.budget import Budget
 from precision_compiler.emulation import EMULATED_ATTENTION, QUANTISE, quantise
 from precision_compiler.formats import FORMATS, format_of_dtype
 from precision_compiler.graph import ATTENTION, contraction_rule, value_of
@@ -16,7 +17,6 @@ from precision_compiler.passes import REWRITE
 from precision_compiler.passes.lower.emulate_formats import EmulateFormats
 from precision_compiler.passes.rewrite.insert_casts import InsertCasts
 from precision_compiler.pipeline import Pipeline, Unit
-from precision_compiler.plan import Budget
 from precision_compiler.replay import gradients_of, relative_error
 from precision_compiler.sites import rounded_arguments
 from precision_compiler.verification import emulated as emulated_model
