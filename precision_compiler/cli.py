@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from precision_compiler import Plan, Target, export_onnx, make_plan
+from precision_compiler.cli_plans import add_diff, add_report, add_show, require_folder
 from precision_compiler.demo import Demo, run_demo
 from precision_compiler.errors import PrecisionError
 from precision_compiler.report.show import show_plan
@@ -29,6 +30,7 @@ then with your own model; train.py has a function `workload` without arguments t
 returns precision_compiler.Workload(model, batches):
   precision-compiler plan train.py:workload -o plan.json
   precision-compiler show plan.json --sites
+  precision-compiler report plan.json -o report.html
   precision-compiler plan train.py:workload --target h100 --budget 0.01
   precision-compiler export train.py:workload plan.json -o model.onnx
 
@@ -39,18 +41,20 @@ WORKLOAD = "file.py:function or package.module:function; it returns a Workload(m
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, or 2 after a mistake of the user."""
+    """Runs the command line and returns its exit code: 2 after a mistake of the user, else 0.
+
+    `diff` returns 1 where the plans differ.
+    """
     options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], None] = options.command
+    command: Callable[[argparse.Namespace], int | None] = options.command
     try:
-        command(options)
+        return command(options) or 0
     except PrecisionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_plan(commands)
-    _add_show(commands)
+    add_show(commands)
+    add_report(commands)
+    add_diff(commands)
     _add_export(commands)
     _add_targets(commands)
     return parser
@@ -125,20 +131,6 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.set_defaults(command=_plan)
 
 
-def _add_show(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "show",
-        help="print a plan as tables",
-        description="Prints a plan: predicted time and error, formats by layer and role.",
-        epilog="example: precision-compiler show plan.json --sites",
-    )
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan.json")
-    parser.add_argument(
-        "--sites", action="store_true", help="also list every site with the reason for its format"
-    )
-    parser.set_defaults(command=_show)
-
-
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "export",
@@ -175,7 +167,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     workload = load_workload(options.workload)
-    _require_folder(options.output)
+    require_folder(options.output)
     with _spinner("loading the model") as report:
         first, *others = workload.first_batches(options.batches + 1)
         held_out = others.pop() if others else None
@@ -196,14 +188,10 @@ def _plan(options: argparse.Namespace) -> None:
     console.print(f"wrote {options.output}", soft_wrap=True)
 
 
-def _show(options: argparse.Namespace) -> None:
-    show_plan(Plan.load(options.plan), Console(), every_site=options.sites)
-
-
 def _export(options: argparse.Namespace) -> None:
     workload = load_workload(options.workload)
     plan = Plan.load(options.plan)
-    _require_folder(options.output)
+    require_folder(options.output)
     with _spinner("exporting"):
         export_onnx(workload.model, workload.first_batch(), plan, options.output)
     Console().print(f"wrote {options.output}", soft_wrap=True)
@@ -232,12 +220,6 @@ def _budget(text: str) -> str | float:
         return float(text)
     except ValueError:
         return text
-
-
-def _require_folder(path: Path) -> None:
-    """Minutes of planning must not end in a file that cannot be written."""
-    if not path.parent.is_dir():
-        raise PrecisionError(f"there is no folder {path.parent} to write {path.name} in: create it")
 
 
 @contextmanager

@@ -65,7 +65,7 @@ LAYERS = (
     {"verification"},
     {"backend", "compiler"},
     {"report", "export"},
-    {"", "cli", "demo", "__main__"},  # "" is the package itself with its public names
+    {"", "cli", "cli_plans", "demo", "__main__"},  # "" is the package itself with its public names
 )
 
 
