@@ -145,7 +145,7 @@ def _sites_table(changes: Iterable[SiteChange]) -> Table:
     table.add_column("site", overflow="fold")
     table.add_column("format")
     table.add_column("ms", justify="right")
-    table.add_column("error alone", justify="right")
+    table.add_column("error", justify="right")
     for change in changes:
         sides = (change.before, change.after)
         formats = (format_text(side.format) if side else Text("none", "dim") for side in sides)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from precision_compiler.plan import Plan
 from precision_compiler.report.diff import Side, SiteChange, TotalChange, compare, show_difference
-from tests.report.big_plan import big_plan
+from tests.made_plans import big_plan
 
 
 @pytest.fixture(scope="module")

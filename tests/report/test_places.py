@@ -4,8 +4,8 @@ import pytest
 
 from precision_compiler.plan import SiteChoice
 from precision_compiler.report.places import OUTSIDE, Place, groups_of, place_of, sections_of
+from tests.made_plans import site
 from tests.models import planned
-from tests.report.big_plan import site
 
 
 def made(name: str) -> SiteChoice:

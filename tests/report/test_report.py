@@ -13,11 +13,9 @@ from precision_compiler.errors import PlanError
 from precision_compiler.flags import Flag
 from precision_compiler.plan import MeasuredError, Plan, Trial, Verification
 from precision_compiler.report.html import TEMPLATES, report_html, write_report
+from tests.made_plans import HOSTILE, big_plan, with_names
 from tests.models import planned
 from tests.random_plans import plans
-from tests.report.big_plan import big_plan
-
-HOSTILE = "</script><img src=x onerror=alert(1)>\u2028 & '\"<!--"
 
 
 class Page(HTMLParser):
@@ -53,15 +51,6 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join(" ".join(self.words).split())
-
-
-def with_names(plan: Plan, name: str) -> Plan:
-    """The plan with a hostile name wherever text of a model may stand."""
-    site = next(iter(plan.sites.values()))
-    sites = {**plan.sites, name: replace(site, reason=name, op=name, signature=name)}
-    flag = Flag("overflow", name, "fp16", name, {}, True)
-    nodes = (*plan.nodes, replace(plan.nodes[0], name=name, site=name, reason=name))
-    return replace(plan, target=name, loss_origin=name, sites=sites, flags=(flag,), nodes=nodes)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,8 @@ function readJson(id) {
 function digits(value, count = 3) {
   if (value === 0) return "0";
   const size = Math.abs(value);
-  return size >= 1e5 || size < 1e-3 ? value.toExponential(count - 1) : String(Number(value.toPrecision(count)));
+  if (size >= 1e5 || size < 1e-3) return value.toExponential(count - 1);
+  return String(Number(value.toPrecision(count)));
 }
 
 function milliseconds(seconds) {

@@ -18,10 +18,12 @@ function explanation(site, report) {
 
 function siteFacts(site, report) {
   const { choice } = site;
+  const alone = choice.options[choice.format];
   const raised = report.plan.verification?.raised ?? {};
   const facts = [
     ["time", `${milliseconds(choice.seconds)} ms, ${percent(site.timeShare)} of all sites`],
-    ["error alone", digits(choice.error)],
+    ["error alone", alone ? digits(alone.error) : "unknown"],
+    ["error in plan", `${digits(choice.error)} between these neighbours`],
     ["variance share", `${percent(choice.variance_share)} of the plan's error`],
     ["role", `${choice.role} (${choice.kind})`],
     ["operation", choice.signature || choice.op],
@@ -55,12 +57,13 @@ function optionsTable(site) {
 
 function optionRow(format, option, choice) {
   const chosen = format === choice.format;
-  const verdict = chosen ? "chosen" : option.veto === null ? saving(option, choice) : `ruled out: ${option.veto}`;
-  return make("tr", { class: chosen ? "ours" : option.veto === null ? null : "veto" },
+  const vetoed = option.veto !== null;
+  const verdict = vetoed ? `ruled out: ${option.veto}` : saving(option, choice);
+  return make("tr", { class: chosen ? "ours" : vetoed ? "veto" : null },
     make("th", { scope: "row" }, chip(format)),
     make("td", { class: "number" }, milliseconds(option.seconds)),
     make("td", { class: "number" }, digits(option.error)),
-    make("td", {}, verdict));
+    make("td", {}, chosen ? "chosen" : verdict));
 }
 
 function saving(option, choice) {
@@ -72,8 +75,8 @@ function saving(option, choice) {
 function flagList(flags) {
   if (!flags.length) return [];
   const items = flags.map((flag) => make("li", { class: flag.veto ? "veto" : null },
-    make("b", {}, flag.name), flag.format ? ` in ${flag.format}` : "", flag.veto ? " (veto): " : ": ",
-    flag.sentence));
+    make("b", {}, flag.name), flag.format ? ` in ${flag.format}` : "",
+    flag.veto ? " (veto): " : ": ", flag.sentence));
   return [make("h3", {}, "Flags"), make("ul", { class: "flags" }, ...items)];
 }
 
@@ -92,10 +95,17 @@ function nodeTable(nodes) {
 // Flags of one name under their heading, made when it is opened first.
 function fillFlags(details, flags, report, limit = 500) {
   const items = flags.slice(0, limit).map((flag) => make("li", {},
-    report.byName.has(flag.site) ? make("a", { href: permalink(flag.site) }, flag.site) : flag.site || "the plan",
+    flagPlace(flag, report),
     flag.format ? make("span", {}, " ", chip(flag.format)) : null,
     flag.veto ? make("b", {}, " veto") : null, ` ${flag.sentence}`));
-  if (flags.length > limit) items.push(make("li", {}, `and ${flags.length - limit} more, in the plan file`));
+  const left = flags.length - items.length;
+  if (left) items.push(make("li", {}, `and ${left} more, in the plan file`));
   details.append(make("ul", { class: "flags" }, ...items));
   details.querySelector(".example").hidden = true;
+}
+
+// Flags may be about the plan, or about a node that is no site.
+function flagPlace(flag, report) {
+  if (!report.byName.has(flag.site)) return flag.site || "the plan";
+  return make("a", { href: permalink(flag.site) }, flag.site);
 }

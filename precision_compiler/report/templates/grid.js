@@ -11,7 +11,8 @@ function sectionBody(section, report) {
     .map((position) => report.sites[position]);
   const time = sum(sites, (site) => site.timeShare);
   const error = sum(sites, (site) => site.choice.variance_share);
-  const notes = `${plural(sites.length, "site")}, ${percent(time)} of time, ${percent(error)} of error`;
+  const count = plural(sites.length, "site");
+  const notes = `${count}, ${percent(time)} of time, ${percent(error)} of error`;
   const heading = make("tr", { class: "section" },
     make("th", { scope: "rowgroup", colspan: report.view.columns.length + 1 },
       section.name, make("small", {}, notes)));
@@ -24,9 +25,10 @@ function sum(items, value) {
 
 function gridRow([module, cells], report) {
   const label = module || "(itself)";
+  const buttons = (column) =>
+    (cells[column] ?? []).map((position) => siteButton(report.sites[position]));
   return make("tr", {}, make("th", { scope: "row", title: label }, label),
-    ...report.view.columns.map((column) =>
-      make("td", {}, ...(cells[column] ?? []).map((position) => siteButton(report.sites[position])))));
+    ...report.view.columns.map((column) => make("td", {}, ...buttons(column))));
 }
 
 function siteButton(site) {
@@ -34,7 +36,8 @@ function siteButton(site) {
   const { format } = site.choice;
   site.button = make("button", {
     type: "button", tabindex: -1, title: site.name, class: flagged ? "flagged" : null,
-    "data-site": site.position, "data-format": format, "aria-label": `${site.name}: ${format}${flagged}`,
+    "data-site": site.position, "data-format": format,
+    "aria-label": `${site.name}: ${format}${flagged}`,
   }, format);
   return site.button;
 }

@@ -12,7 +12,8 @@ function readReport() {
     };
   });
   const byName = new Map(sites.map((site) => [site.name, site]));
-  return { plan, view, sites, byName, nodesOf: Map.groupBy(plan.nodes, (node) => node.site), cameFrom: null };
+  const nodesOf = Map.groupBy(plan.nodes, (node) => node.site);
+  return { plan, view, sites, byName, nodesOf, cameFrom: null };
 }
 
 function mark(site, selected) {
@@ -27,8 +28,13 @@ function select(report, site) {
   moveTabStop(byId("grid"), site.button);
   const close = make("button", { type: "button", id: "close" }, "Close");
   close.addEventListener("click", () => leave(report));
-  byId("panel-title").replaceChildren(make("a", { href: permalink(site.name), title: "link to this site" }, site.name));
-  byId("explanation").replaceChildren(close, ...explanation(site, report));
+  const link = { href: permalink(site.name), title: "link to this site" };
+  showPanel(make("a", link, site.name), close, ...explanation(site, report));
+}
+
+function showPanel(title, ...content) {
+  byId("panel-title").replaceChildren(title);
+  byId("explanation").replaceChildren(...content);
   byId("panel").classList.add("open");
   byId("panel").scrollTop = 0;
 }
@@ -39,12 +45,14 @@ function clear(report) {
 
 // Closes the panel and gives the focus back to where it was opened from.
 function leave(report) {
+  const opened = report.sites.find((site) => site.selected);
   clear(report);
+  const hint = "Choose a cell of the grid or a point of the chart.";
+  showPanel("No site selected", make("p", { class: "quiet" }, hint));
   byId("panel").classList.remove("open");
-  byId("panel-title").textContent = "No site selected";
-  byId("explanation").replaceChildren(make("p", { class: "quiet" }, "Choose a cell of the grid or a point of the chart."));
   history.replaceState(null, "", location.pathname + location.search);
-  if (report.cameFrom?.isConnected) report.cameFrom.focus();
+  const from = report.cameFrom?.isConnected ? report.cameFrom : opened?.button;
+  from?.focus();
 }
 
 // A click by keyboard has no coordinates: then the focus follows into the panel.
@@ -62,9 +70,7 @@ function openFromAddress(report) {
   const name = decoded(location.hash.slice("#site=".length));
   const site = report.byName.get(name);
   if (!site) {
-    byId("panel-title").textContent = "No such site";
-    byId("explanation").replaceChildren(make("p", { class: "bad" }, `The plan has no site ${name}.`));
-    byId("panel").classList.add("open");
+    showPanel("No such site", make("p", { class: "bad" }, `The plan has no site ${name}.`));
     return;
   }
   if (!site.matches) search(report, "");
@@ -108,7 +114,8 @@ function listenToTheme() {
   const system = matchMedia("(prefers-color-scheme: dark)");
   showTheme(system.matches);
   system.addEventListener("change", () => showTheme(system.matches));
-  byId("theme").addEventListener("click", () => showTheme(document.documentElement.dataset.theme !== "dark"));
+  byId("theme").addEventListener("click", () =>
+    showTheme(document.documentElement.dataset.theme !== "dark"));
 }
 
 function listenToGrid(report) {
@@ -125,7 +132,8 @@ function listenToPlot(report) {
   const show = (event) => labelPoint(plot.firstChild, event.target.closest("path[data-site]"));
   for (const kind of ["mouseover", "focusin"]) plot.addEventListener(kind, show);
   plot.addEventListener("mouseleave", () => labelPoint(plot.firstChild, null));
-  plot.addEventListener("keydown", (event) => onPointKey(event, plot.firstChild, (target) => choose(report, target, true)));
+  plot.addEventListener("keydown", (event) =>
+    onPointKey(event, (target) => choose(report, target, true)));
   plot.addEventListener("click", (event) => {
     const target = event.target.closest("path[data-site]");
     if (target) choose(report, target, false);
@@ -138,7 +146,8 @@ function listenToPlot(report) {
 function listenToFlags(report) {
   const groups = Map.groupBy(report.plan.flags, (flag) => flag.name);
   for (const details of document.querySelectorAll("details[data-flag]")) {
-    details.addEventListener("toggle", () => fillFlags(details, groups.get(details.dataset.flag), report), { once: true });
+    const fill = () => fillFlags(details, groups.get(details.dataset.flag), report);
+    details.addEventListener("toggle", fill, { once: true });
   }
 }
 

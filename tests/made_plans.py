@@ -1,4 +1,6 @@
-"""A synthetic plan of a large model, quick to make, in the shape that real ones have."""
+"""Plans made up for tests: a large one in the shape of real ones, one with hostile names."""
+
+from dataclasses import replace
 
 from precision_compiler.flags import Flag
 from precision_compiler.journal import JournalEntry
@@ -14,6 +16,7 @@ from precision_compiler.plan import (
 
 MODULES = ("attn.qkv", "attn.sdpa", "attn.out", "fc", "proj")
 ROLES = ("fprop", "dgrad", "wgrad")
+HOSTILE = "</script><img src=x onerror=alert(1)>\u2028 & '\"<!--"
 FORMATS = ("fp32", "tf32", "bf16", "fp16", "e4m3", "e5m2")
 
 
@@ -68,6 +71,15 @@ def big_plan(sites: int, nodes: int) -> Plan:
             Flag("overflow", name, "e5m2", f"{name} overflows", {}, True) for name in names[::10]
         ),
     )
+
+
+def with_names(plan: Plan, name: str) -> Plan:
+    """The plan with a hostile name wherever text of a model may stand."""
+    site = next(iter(plan.sites.values()))
+    sites = {**plan.sites, name: replace(site, reason=name, op=name, signature=name)}
+    flag = Flag("overflow", name, "fp16", name, {}, True)
+    nodes = (*plan.nodes, replace(plan.nodes[0], name=name, site=name, reason=name))
+    return replace(plan, target=name, loss_origin=name, sites=sites, flags=(flag,), nodes=nodes)
 
 
 def _node(number: int, name: str) -> NodeChoice:
