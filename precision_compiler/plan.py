@@ -425,7 +425,7 @@ class Plan:
             ),
             ("fp32", f"{totals.fp32_seconds * 1e3:.3g}", "0"),
             ("budget", self.budget.asked, f"{self.budget.limit:.2g}"),
-            ("sites", "format", len(self.sites)),
+            ("role", "format", f"{len(self.sites)} sites"),
             *((*key, count) for key, count in sorted(counts.items())),
         ]
         cells = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows)

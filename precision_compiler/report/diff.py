@@ -94,7 +94,7 @@ def show_difference(difference: Difference, console: Console) -> None:
         console.print(_totals_table(difference.totals))
     if difference.sites:
         console.print(_sites_table(difference.sites))
-    console.print(f"{len(difference.sites)} sites have another format")
+    console.print(f"sites with another format: {len(difference.sites)}")
 
 
 def _side(choice: SiteChoice | None) -> Side | None:

@@ -7,6 +7,7 @@ keep the pictures that the last tests take.
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,22 @@ def test_page_fits_the_screen(page: Any, tmp_path: Path, width: int, height: int
     picture = Path(os.environ.get("REPORT_SCREENSHOTS", tmp_path)) / f"report_{width}.png"
     assert page.save_screenshot(str(picture))
     page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("names", [(), ("", "__proto__", "2", "1", "constructor", "a.0.fprop")])
+def test_awkward_names_have_cells(driver: Any, tmp_path: Path, names: tuple[str, ...]) -> None:
+    plan = big_plan(sites=12, nodes=0)
+    choices = plan.sites.values()
+    path = tmp_path / "report.html"
+    write_report(replace(plan, sites=dict(zip(names, choices, strict=False))), path)
+    driver.get(path.as_uri())
+    for name, button in zip(
+        names, driver.find_elements("css selector", "#grid button"), strict=True
+    ):
+        button.click()
+        assert panel(driver).startswith(name)
+        assert "variance share" in panel(driver)
+    assert driver.get_log("browser") == []
 
 
 def test_large_plan_is_complete_soon(driver: Any, tmp_path: Path) -> None:
