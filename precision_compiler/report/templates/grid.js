@@ -15,7 +15,7 @@ function sectionBody(section, report) {
   const notes = `${count}, ${percent(time)} of time, ${percent(error)} of error`;
   const heading = make("tr", { class: "section" },
     make("th", { scope: "rowgroup", colspan: report.view.columns.length + 1 },
-      section.name, make("small", {}, notes)));
+      make("span", {}, section.name, make("small", {}, notes))));
   return make("tbody", {}, heading, ...section.rows.map((row) => gridRow(row, report)));
 }
 
