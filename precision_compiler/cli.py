@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from precision_compiler import Plan, Target, export_onnx, make_frontier, make_plan
+from precision_compiler.cli_plans import add_diff, add_report, add_show, require_folder
 from precision_compiler.demo import Demo, run_demo
 from precision_compiler.errors import PrecisionError
 from precision_compiler.report.explanation import show_explanation
@@ -31,6 +32,7 @@ then with your own model; train.py has a function `workload` without arguments t
 returns precision_compiler.Workload(model, batches):
   precision-compiler plan train.py:workload -o plan.json
   precision-compiler show plan.json --sites
+  precision-compiler report plan.json -o report.html
   precision-compiler plan train.py:workload --target h100 --budget 0.01
   precision-compiler pareto train.py:workload --target h100 --plot frontier.png
   precision-compiler export train.py:workload plan.json -o model.onnx
@@ -42,18 +44,20 @@ WORKLOAD = "file.py:function or package.module:function; it returns a Workload(m
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, or 2 after a mistake of the user."""
+    """Runs the command line and returns its exit code: 2 after a mistake of the user, else 0.
+
+    `diff` returns 1 where the plans differ.
+    """
     options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], None] = options.command
+    command: Callable[[argparse.Namespace], int | None] = options.command
     try:
-        command(options)
+        return command(options) or 0
     except PrecisionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,8 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_plan(commands)
     _add_pareto(commands)
-    _add_show(commands)
+    add_show(commands)
+    add_report(commands)
     _add_explain(commands)
+    add_diff(commands)
     _add_export(commands)
     _add_targets(commands)
     return parser
@@ -164,20 +170,6 @@ def _add_pareto(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.set_defaults(command=_pareto)
 
 
-def _add_show(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "show",
-        help="print a plan as tables",
-        description="Prints a plan: predicted time and error, formats by layer and role.",
-        epilog="example: precision-compiler show plan.json --sites",
-    )
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan.json")
-    parser.add_argument(
-        "--sites", action="store_true", help="also list every site with the reason for its format"
-    )
-    parser.set_defaults(command=_show)
-
-
 def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "explain",
@@ -227,7 +219,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     workload = load_workload(options.workload)
-    _require_folder(options.output)
+    require_folder(options.output)
     with _spinner("loading the model") as report:
         first, *others = workload.first_batches(options.batches + 1)
         held_out = others.pop() if others else None
@@ -250,9 +242,9 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _pareto(options: argparse.Namespace) -> None:
     workload = load_workload(options.workload)
-    _require_folder(options.output)
+    require_folder(options.output)
     if options.plot is not None:
-        _require_folder(options.plot)
+        require_folder(options.plot)
     with _spinner("loading the model") as report:
         first, *others = workload.first_batches(options.batches)
         frontier = make_frontier(
@@ -274,10 +266,6 @@ def _pareto(options: argparse.Namespace) -> None:
         console.print(f"wrote {options.plot}", soft_wrap=True)
 
 
-def _show(options: argparse.Namespace) -> None:
-    show_plan(Plan.load(options.plan), Console(), every_site=options.sites)
-
-
 def _explain(options: argparse.Namespace) -> None:
     plan = Plan.load(options.plan)
     with _spinner("solving again"):
@@ -288,7 +276,7 @@ def _explain(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     workload = load_workload(options.workload)
     plan = Plan.load(options.plan)
-    _require_folder(options.output)
+    require_folder(options.output)
     with _spinner("exporting"):
         export_onnx(workload.model, workload.first_batch(), plan, options.output)
     Console().print(f"wrote {options.output}", soft_wrap=True)
@@ -323,12 +311,6 @@ def _budget(text: str) -> str | float:
         return float(text)
     except ValueError:
         return text
-
-
-def _require_folder(path: Path) -> None:
-    """Minutes of planning must not end in a file that cannot be written."""
-    if not path.parent.is_dir():
-        raise PrecisionError(f"there is no folder {path.parent} to write {path.name} in: create it")
 
 
 @contextmanager

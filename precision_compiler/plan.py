@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from html import escape
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -56,7 +58,8 @@ class SiteChoice:
         format: the chosen format.
         reason: a sentence.
         seconds: predicted time of the site.
-        error: predicted relative gradient error that the site causes alone.
+        error: predicted relative gradient error that the site causes between its neighbours in
+            the plan; options say what it would cause with everything around it in float32.
         variance_share: its share of the plan's predicted error variance, 0 to 1.
         options: every format considered.
     """
@@ -366,6 +369,30 @@ class Plan:
             write_atomically(Path(path), self.to_json())
         except OSError as error:
             raise PlanError(f"cannot write the plan {path}: {error.strerror}") from error
+
+    def _repr_html_(self) -> str:
+        """A compact table for notebooks: totals, then formats by role."""
+        totals, counts = self.totals, Counter((c.role, c.format) for c in self.sites.values())
+        rows: list[tuple[object, ...]] = [
+            ("", "ms", "gradient error"),
+            (
+                "plan",
+                f"{totals.predicted_seconds * 1e3:.3g}",
+                f"{self.predicted_gradient_error:.2g}",
+            ),
+            (
+                "autocast",
+                f"{totals.autocast_seconds * 1e3:.3g}",
+                f"{totals.autocast_gradient_error:.2g}",
+            ),
+            ("fp32", f"{totals.fp32_seconds * 1e3:.3g}", "0"),
+            ("budget", self.budget.asked, f"{self.budget.limit:.2g}"),
+            ("role", "format", f"{len(self.sites)} sites"),
+            *((*key, count) for key, count in sorted(counts.items())),
+        ]
+        cells = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows)
+        body = "".join(f"<tr>{row}</tr>" for row in cells)
+        return f"<table><caption>Plan for {escape(self.target)}</caption>{body}</table>"
 
     def diff(self, other: "Plan") -> tuple[SiteDifference, ...]:
         """Sites whose format differs in ``other``, in this plan's order, then its own new ones."""

@@ -56,7 +56,7 @@ def test_link_to_passes_is_relative() -> None:
     assert link.readlink() == Path("../passes")
 
 
-@pytest.mark.parametrize("pattern", ["py.typed", "targets/*.toml"])
+@pytest.mark.parametrize("pattern", ["py.typed", "targets/*.toml", "report/templates/*"])
 def test_data_files_are_packaged(project: dict[str, Any], pattern: str) -> None:
     assert pattern in project["tool"]["setuptools"]["package-data"]["precision_compiler"]
     assert list((ROOT / "precision_compiler").glob(pattern))

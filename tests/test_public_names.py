@@ -8,6 +8,8 @@ import precision_compiler
 from precision_compiler import errors
 
 CLASSES = {
+    "Alternative",
+    "Explanation",
     "Flag",
     "Frontier",
     "FrontierPoint",
@@ -20,6 +22,7 @@ CLASSES = {
 MAIN_NAMES = CLASSES | {
     "compile",
     "emulate",
+    "explain",
     "export_onnx",
     "make_frontier",
     "make_plan",

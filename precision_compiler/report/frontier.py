@@ -11,7 +11,7 @@ from rich.table import Table
 
 from precision_compiler.errors import PlanError
 from precision_compiler.files import write_atomically
-from precision_compiler.formats import FORMATS
+from precision_compiler.formats import CHOICES
 from precision_compiler.frontier import Frontier, FrontierPoint
 from precision_compiler.report.show import milliseconds
 
@@ -58,7 +58,7 @@ def _cells(name: str, point: FrontierPoint, frontier: Frontier, gap: str) -> tup
 
 
 def _counted(formats: Mapping[str, int]) -> str:
-    return " ".join(f"{name}:{formats[name]}" for name in FORMATS if formats.get(name))
+    return " ".join(f"{name}:{formats[name]}" for name in CHOICES if formats.get(name))
 
 
 def draw_frontier(frontier: Frontier, path: str | os.PathLike[str]) -> None:

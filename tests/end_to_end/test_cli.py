@@ -1,5 +1,6 @@
 """The command line: what a newcomer reads, what a session does, what a mistake says."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import precision_compiler
 from precision_compiler.cli import main
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("demo", "plan", "pareto", "show", "export", "targets")
+COMMANDS = (
+    "demo", "plan", "pareto", "show", "report", "explain", "diff", "export", "targets",
+)  # fmt: skip
 WORKLOAD = """
 import torch
 from torch import nn
@@ -106,6 +109,49 @@ def test_show_prints_sites_on_request(session: Path, capsys: pytest.CaptureFixtu
     assert "fc.wgrad" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("by", "word"), [("layer", "outside"), ("op", "addmm"), ("role", "dgrad")])
+def test_show_by(session: Path, by: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", f"{session}/plan.json", "--by", by]) == 0
+    text = capsys.readouterr().out
+    assert f"Sites by {by}" in text
+    assert word in text
+
+
+def test_show_json_is_read_by_programs(session: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", f"{session}/plan.json", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["target"] == "h100"
+    assert set(record["by"]) == {"layer", "op", "role"}
+
+
+def test_report_writes_a_page(
+    session: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "report.html"
+    assert main(["report", f"{session}/plan.json", "-o", str(path)]) == 0
+    assert path.read_text("utf-8").startswith("<!doctype html>")
+    assert capsys.readouterr().out.rstrip().endswith(f"wrote {path}")
+
+
+def test_diff_of_a_plan_with_itself_is_0(session: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diff", f"{session}/plan.json", f"{session}/plan.json"]) == 0
+    assert "equal" in capsys.readouterr().out
+
+
+def test_diff_of_different_plans_is_1(
+    session: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = precision_compiler.Plan.load(session / "plan.json")
+    other = tmp_path / "other.json"
+    plan.with_formats({name: "fp32" for name in plan.sites} | {"fc.wgrad": "e5m2"}).save(other)
+    assert main(["diff", f"{session}/plan.json", str(other)]) == 1
+    assert "-> e5m2" in capsys.readouterr().out
+    assert main(["diff", f"{session}/plan.json", str(other), "--json"]) == 1
+    record = json.loads(capsys.readouterr().out)
+    assert record["same_graph"]
+    assert "fc.wgrad" in {change["site"] for change in record["sites"]}
+
+
 def test_export_writes_a_model(
     session: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +192,10 @@ def test_targets_show_explains_one(capsys: pytest.CaptureFixture[str]) -> None:
         ("targets show h1000", "unknown target 'h1000'"),
         ("show {0}/missing.json", "missing.json"),
         ("show {0}/corrupt.json", "corrupt.json"),
+        ("report {0}/missing.json", "missing.json"),
+        ("report {0}/plan.json -o {0}/none/report.html", "create it"),
+        ("diff {0}/plan.json {0}/missing.json", "missing.json"),
+        ("diff {0}/corrupt.json {0}/plan.json", "corrupt.json"),
         ("export {0}/other.py:workload {0}/plan.json -o {0}/other.onnx", "fc.fprop"),
     ],
 )

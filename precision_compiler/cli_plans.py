@@ -1,0 +1,112 @@
+"""The subcommands that read plans: what `show`, `report` and `diff` take, and what they do."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from precision_compiler.errors import PrecisionError
+from precision_compiler.plan import Plan
+from precision_compiler.report.diff import compare, show_difference
+from precision_compiler.report.html import write_report
+from precision_compiler.report.places import GROUPINGS
+from precision_compiler.report.show import flags_table, show_plan, sites_table, totals_view
+from precision_compiler.report.summary import groups_table, summary
+
+
+def add_show(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The command that prints a plan."""
+    parser = commands.add_parser(
+        "show",
+        help="print a plan as tables",
+        description="Prints a plan: predicted time and error, formats by layer and role.",
+        epilog="example: precision-compiler show plan.json --by op",
+    )
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan.json")
+    parser.add_argument(
+        "--by", choices=GROUPINGS, help="formats, time and error by layer, operation or role"
+    )
+    parser.add_argument(
+        "--sites", action="store_true", help="also list every site with the reason for its format"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="totals, counts and groups as JSON, for programs"
+    )
+    parser.set_defaults(command=_show)
+
+
+def add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The command that writes a plan as a page."""
+    parser = commands.add_parser(
+        "report",
+        help="write a plan as one HTML file to browse and share",
+        description="Writes a plan as one HTML file that needs no network and no other file: "
+        "totals, flags, every site with all of its options, error against time, the journal. "
+        "report.html#site=NAME opens a site.",
+        epilog="example: precision-compiler report plan.json -o report.html",
+    )
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan.json")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE",
+        help="where to write the page (default: %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(command=_report)
+
+
+def add_diff(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The command that compares two plans."""
+    parser = commands.add_parser(
+        "diff",
+        help="compare two plans, site by site and in total",
+        description="Lists sites whose format differs, with time and error of both, and totals "
+        "that differ. Exit code: 0 if the plans are equal (same graph, formats, target, budget "
+        "and totals), 1 if they differ, 2 after an error.",
+        epilog="example: precision-compiler diff before.json after.json",
+    )
+    parser.add_argument("before", type=Path, metavar="BEFORE", help="a plan.json")
+    parser.add_argument("after", type=Path, metavar="AFTER", help="another plan.json")
+    parser.add_argument("--json", action="store_true", help="the same as JSON, for programs")
+    parser.set_defaults(command=_diff)
+
+
+def require_folder(path: Path) -> None:
+    """Raises an error where a file could not be written, before any work is done for it."""
+    if not path.parent.is_dir():
+        raise PrecisionError(f"there is no folder {path.parent} to write {path.name} in: create it")
+
+
+def _show(options: argparse.Namespace) -> None:
+    plan, console = Plan.load(options.plan), Console()
+    if options.json:
+        _print_json(summary(plan))
+    elif options.by is None:
+        show_plan(plan, console, every_site=options.sites)
+    else:
+        console.print(totals_view(plan))
+        console.print(groups_table(plan, options.by))
+        if options.sites:
+            console.print(sites_table(plan.sites))
+        if plan.flags:
+            console.print(flags_table(plan.flags))
+
+
+def _report(options: argparse.Namespace) -> None:
+    plan = Plan.load(options.plan)
+    require_folder(options.output)
+    write_report(plan, options.output, title=options.plan.name)
+    Console().print(f"wrote {options.output}", soft_wrap=True)
+
+
+def _diff(options: argparse.Namespace) -> int:
+    difference = compare(Plan.load(options.before), Plan.load(options.after))
+    if options.json:
+        _print_json(difference.to_dict())
+    else:
+        show_difference(difference, Console())
+    return 0 if difference.equal else 1
+
+
+def _print_json(record: dict[str, Any]) -> None:
+    print(json.dumps(record, indent=1))
