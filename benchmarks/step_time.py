@@ -139,25 +139,26 @@ def examined(name: str, count: int, turns: int, progress: Progress) -> dict[str,
         progress.advance(task)
     del compiled
     gc.collect()
-    anchors = min(seconds["fp32"]), min(seconds["autocast"])
-    known = Calibrated(unit.problem, unit.baseline, *anchors)
     rows = [
         {
             "plan": label,
-            "predicted": known.seconds(chosen[label]),
             "uncalibrated": unit.problem.seconds(chosen[label]),
             "fastest": min(times),
             "median": statistics.median(times),
         }
         for label, times in seconds.items()
     ]
-    return {
-        "kernels": len(unit.kernels),
-        "fixed_seconds": unit.fixed_seconds,
-        "calibrated_fixed_seconds": known.fixed,
-        "traffic_scale": known.scale,
-        "rows": rows,
-    }
+    found = {"kernels": len(unit.kernels), "fixed_seconds": unit.fixed_seconds, "rows": rows}
+    return calibrated(found)
+
+
+def calibrated(found: dict[str, Any]) -> dict[str, Any]:
+    """The measurements of one model with calibrated predictions."""
+    known = {row["plan"]: row for row in found["rows"]}
+    pairs = [(known[name]["uncalibrated"], known[name]["fastest"]) for name in ANCHORS]
+    rule = Calibrated.of(*zip(*pairs, strict=True))
+    rows = [row | {"predicted": rule.seconds(row["uncalibrated"])} for row in found["rows"]]
+    return found | {"rate": rule.rate, "calibrated_fixed_seconds": rule.fixed, "rows": rows}
 
 
 def summary(models: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,6 +213,7 @@ def main() -> None:
     record: dict[str, Any] = {"models": {}}
     if options.output.exists():
         record = json.loads(options.output.read_text())
+        record["models"] = {name: calibrated(found) for name, found in record["models"].items()}
     with Progress() as progress:
         for name in options.models:
             if name in record["models"]:

@@ -6,6 +6,7 @@ import hashlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -14,7 +15,6 @@ from torch import nn
 from precision_compiler.calling import Loss, call_model, left_as_it_was, loss_of
 from precision_compiler.measure import Machine, layout_key
 from precision_compiler.plan import Trial
-from precision_compiler.problem import Problem
 
 MARGIN = 0.02
 """Share by which another assignment must be faster to replace the solver's: below is noise."""
@@ -22,7 +22,6 @@ MARGIN = 0.02
 _FEWEST_TURNS, _MOST_TURNS = 5, 25
 _ENOUGH = 4.0  # seconds per candidate
 _UNTIMED = 2  # first steps, which compile
-_MOST_SCALE = 5.0  # of what traffic alone would take
 
 Compile = Callable[[nn.Module, str], nn.Module]
 Label = Literal["plan", "fp32", "autocast"]
@@ -99,48 +98,33 @@ def _alternate(steps: Mapping[str, Callable[[], None]]) -> dict[str, float]:
     return {label: statistics.median(found) for label, found in times.items()}
 
 
+@dataclass(frozen=True)
 class Calibrated:
-    """A problem's times, corrected by two steps that were measured.
+    """Predicted times, corrected by two steps that were measured.
 
-    Prices add up operations timed one by one; the generated kernels between the contractions
-    are known by their traffic alone. What these take is scaled, and the fixed time set, so that
-    the float32 step and that of autocast's formats come out as measured.
+    Prices add up operations timed one by one, in caches of their own and on a machine that may
+    have been busier then; generated kernels are known by their traffic alone. One rate and one
+    fixed time make the predictions of the float32 step and of autocast's come out as measured.
 
     Attributes:
-        scale: factor on the traffic's prices.
-        fixed: seconds that formats do not change.
+        rate: measured over predicted time of what formats change.
+        fixed: seconds that no prediction has.
     """
 
-    def __init__(
-        self, problem: Problem, baseline: Mapping[str, str], fp32: float, autocast: float
-    ) -> None:
-        """Solve for scale and fixed time.
+    rate: float
+    fixed: float
 
-        Args:
-            problem: with its prices.
-            baseline: autocast's policy as an assignment.
-            fp32: measured seconds of the float32 step.
-            autocast: measured seconds of the step with ``baseline``.
-        """
-        self.problem = problem
-        wide = problem.uniform()
-        traffic = self._traffic(wide) - self._traffic(baseline)
-        saved = fp32 - autocast - (self._contractions(wide) - self._contractions(baseline))
-        self.scale = min(max(saved / traffic, 0.0), _MOST_SCALE) if traffic > 0 else 1.0
-        rest = fp32 - self._contractions(wide) - self.scale * self._traffic(wide)
-        self.fixed = max(0.0, rest)
+    @staticmethod
+    def of(predicted: tuple[float, float], measured: tuple[float, float]) -> "Calibrated":
+        """From predicted and measured seconds of two steps, the slower one first."""
+        (slow, fast), (long, short) = predicted, measured
+        if slow <= fast or long <= short:
+            return Calibrated(1.0, max(0.0, long - slow))
+        rate = (long - short) / (slow - fast)
+        if long < rate * slow:  # a negative fixed time: the rate alone has to do
+            return Calibrated(long / slow, 0.0)
+        return Calibrated(rate, long - rate * slow)
 
-    def seconds(self, assignment: Mapping[str, str]) -> float:
-        """Predicted seconds of the step with an assignment."""
-        varying = self._contractions(assignment) + self.scale * self._traffic(assignment)
-        return self.fixed + varying
-
-    def _contractions(self, assignment: Mapping[str, str]) -> float:
-        prices = self.problem.prices.contractions
-        return sum(prices[name][assignment[name]] for name in self.problem.links.contractions)
-
-    def _traffic(self, assignment: Mapping[str, str]) -> float:
-        prices = self.problem.prices
-        stored = sum(prices.stores[name][assignment[name]] for name in self.problem.links.stores)
-        casts = self.problem.casts(assignment)
-        return stored + sum(prices.casts[source][name] for source, name in casts)
+    def seconds(self, predicted: float) -> float:
+        """The corrected time of a step that is predicted to take so many seconds."""
+        return self.fixed + self.rate * predicted
