@@ -133,6 +133,10 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--learning-rate", type=float, metavar="LR",
         help="of the training: warns of updates that narrow weights would lose",
     )  # fmt: skip
+    parser.add_argument(
+        "--activation-memory", metavar="SIZE",
+        help="most that a step may keep from its forward to its backward pass, such as 40GB",
+    )  # fmt: skip
     parser.set_defaults(command=_plan)
 
 
@@ -232,6 +236,7 @@ def _plan(options: argparse.Namespace) -> None:
             calibration=others,
             held_out=held_out,
             learning_rate=options.learning_rate,
+            activation_memory=options.activation_memory,
             progress=report,
         )
     plan.save(options.output)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from torch import fx, nn
@@ -21,6 +22,7 @@ from precision_compiler.plan import MeasuredError, Plan, Trial, Verification
 from precision_compiler.problem import judged
 from precision_compiler.record import frontier_of_unit, plan_of_unit
 from precision_compiler.sites import Site, find_sites, fingerprint
+from precision_compiler.sizes import bytes_of
 from precision_compiler.sweep import frontier
 from precision_compiler.target import Target
 from precision_compiler.verification import Truth, verify_plan
@@ -37,6 +39,7 @@ def make_plan(
     held_out: Any = None,
     learning_rate: float | None = None,
     memory: float | None = None,
+    activation_memory: float | str | None = None,
     sibling: Plan | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -59,6 +62,8 @@ def make_plan(
         learning_rate: of the training, to tell what narrow weights would lose.
         memory: bytes the analysis may take beside the values of the graph; half of what is free
             if not given.
+        activation_memory: largest number of bytes that a step may keep from its forward to its
+            backward pass, such as 4e10 or "40GB".
         sibling: plan of a smaller model of the same kind, to take the errors from instead of
             measuring them.
         progress: called with a short sentence before each step.
@@ -80,6 +85,7 @@ def make_plan(
         held_out=None if held_out is None else captured.on(held_out),
         learning_rate=learning_rate,
         memory=memory,
+        most_bytes=inf if activation_memory is None else bytes_of(activation_memory),
         sibling=sibling,
         progress=say,
     )
@@ -222,13 +228,14 @@ def decide(
     held_out: Captured | None = None,
     learning_rate: float | None = None,
     memory: float | None = None,
+    most_bytes: float = inf,
     sibling: Plan | None = None,
     progress: Progress = silent,
 ) -> Decision:
     """Choose the formats of a captured graph and verify them; arguments as of ``make_plan``."""
     unit = Unit(
         captured.joint.copy(), target, budget, Journal(), captured, calibration,
-        learning_rate=learning_rate, memory=memory,
+        learning_rate=learning_rate, memory=memory, most_bytes=most_bytes,
     )  # fmt: skip
     runs = captured.joint.has_values
     _decide(unit, sibling, progress)

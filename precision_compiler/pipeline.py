@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
-from math import prod
+from math import inf, prod
 from typing import ClassVar, Protocol
 
 from torch import fx
@@ -52,6 +52,7 @@ class Unit:
         statistics: what calibration measured.
         learning_rate: of the training, if it is known.
         memory: bytes the analysis may keep; None for half of what is free.
+        most_bytes: limit on what a step keeps from the forward to the backward pass.
         flags: what may go wrong.
         vetoes: why a (site or node, format) is ruled out.
         raised: factors on predicted variances that verification asked for, by site.
@@ -71,6 +72,7 @@ class Unit:
     statistics: Statistics | None = None
     learning_rate: float | None = None
     memory: float | None = None
+    most_bytes: float = inf
     flags: list[Flag] = field(default_factory=list)
     vetoes: dict[tuple[str, str], str] = field(default_factory=dict)
     raised: dict[str, float] = field(default_factory=dict)
@@ -110,7 +112,13 @@ class Unit:
             self.contraction_prices, self.store_prices, self.cast_prices, self.fixed_seconds
         )
         return Problem(
-            self.links, options, prices, self.statistics, dict(self.raised), self._saved()
+            self.links,
+            options,
+            prices,
+            self.statistics,
+            dict(self.raised),
+            self._saved(),
+            self.most_bytes,
         )
 
     def _saved(self) -> Saved:

@@ -8,10 +8,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import inf
 
 from precision_compiler.errors import InternalError
 from precision_compiler.formats import CHOICES
 from precision_compiler.links import Link, Links
+from precision_compiler.sizes import readable_bytes
 from precision_compiler.statistics import Correlation, Edge, Sensitivity, Statistics
 
 PAIR_COUNTS = 0.1
@@ -92,6 +94,7 @@ class Problem:
         statistics: calibration.
         raised: factors on the predicted variance of sites that verification found to be worse.
         saved: what the backward pass needs of the forward pass.
+        most_bytes: limit on ``stored_bytes``.
     """
 
     links: Links
@@ -100,6 +103,7 @@ class Problem:
     statistics: Statistics
     raised: Mapping[str, float] = field(default_factory=dict)
     saved: "Saved" = field(default_factory=lambda: Saved({}, frozenset(), 0.0))
+    most_bytes: float = inf
     _cache: dict[tuple[object, str, int], float] = field(default_factory=dict, repr=False)
 
     def store_variance(self, store: str, name: str, metric: int = 0) -> float:
@@ -173,6 +177,15 @@ class Problem:
     def without_fixed_time(self) -> "Problem":
         """The same problem of what formats do change."""
         return replace(self, prices=replace(self.prices, fixed=0.0), _cache=self._cache)
+
+    def stored_bytes(self, assignment: Mapping[str, str]) -> float:
+        """Bytes kept for the backward pass if every tensor is kept as it is stored.
+
+        Never less than ``activation_bytes``, and a sum over sites: what a limit is put on.
+        """
+        return self.saved.other + sum(
+            size * CHOICES[assignment[store]].bytes for store, size in self.saved.elements.items()
+        )
 
     def activation_bytes(self, assignment: Mapping[str, str]) -> float:
         """Predicted bytes that are kept from the forward to the backward pass.
@@ -276,6 +289,9 @@ class Problem:
             for store in stores:
                 if fixes_result(chosen) and chosen != "fp32" and assignment[store] != chosen:
                     yield f"{store} must be {chosen}, the format {name} returns"
+        limited = self.most_bytes < inf
+        if limited and self.stored_bytes(assignment) > self.most_bytes * (1 + 1e-6):
+            yield f"more than {readable_bytes(self.most_bytes)} are kept for the backward pass"
 
     def uniform(self, name: str = "fp32") -> dict[str, str]:
         """The assignment of one format to every site."""

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array
 
-from precision_compiler.formats import FORMATS
+from precision_compiler.formats import CHOICES
 from precision_compiler.links import Link
 from precision_compiler.problem import (
     Problem,
@@ -42,6 +42,7 @@ class Program:
         self._reads()
         self._copies_of_exact_sources()
         self._pairs()
+        self._memory()
 
     def minimise(
         self, limit: float, gap: float, seconds: float
@@ -203,6 +204,18 @@ class Program:
             ]
             self._row(dict.fromkeys(chosen, 1.0), 1.0, 1.0)
 
+    def _memory(self) -> None:
+        """What is kept for the backward pass has a limit; numbers are shares of it."""
+        problem = self.problem
+        if not isfinite(problem.most_bytes):
+            return
+        terms = {
+            self.columns["site", store, fmt]: size * CHOICES[fmt].bytes / problem.most_bytes
+            for store, size in problem.saved.elements.items()
+            for fmt in problem.options[store]
+        }
+        self._row(terms, -np.inf, 1.0 - problem.saved.other / problem.most_bytes)
+
     def _results(self) -> None:
         """A contraction in bf16 or fp16 writes that format; in float32 it writes float32 first."""
         for name, stores in self.problem.links.results.items():
@@ -250,7 +263,7 @@ class Program:
         """Both arguments rounded to one format: at least r + r' - 1, at most either of them."""
         problem = self.problem
         for first, second, pair in problem.pairs:
-            for fmt in FORMATS:
+            for fmt in CHOICES:
                 keys = [_rounding(first, fmt), _rounding(second, fmt)]
                 if not all(key in self.columns for key in keys):
                     continue

@@ -1,11 +1,14 @@
 """What to say when nothing fits a budget: the nearest that would, and what stands against it."""
 
 from collections.abc import Iterator
+from math import isfinite
 
 from precision_compiler.errors import BudgetError
+from precision_compiler.formats import CHOICES
 from precision_compiler.parts import split
 from precision_compiler.problem import Problem, fixes_result
 from precision_compiler.program import Program
+from precision_compiler.sizes import readable_bytes
 
 _NAMED = 3  # sites that a message names
 
@@ -16,6 +19,8 @@ def unreachable(problem: Problem, budget: float) -> BudgetError:
     1. Where vetoes contradict each other, no budget helps: the sites are named.
     2. Otherwise the smallest predicted error that can be reached, and the sites that cause it.
     """
+    if isfinite(problem.most_bytes):
+        return _unstorable(problem, budget)
     quietest: dict[str, str] = {}
     for part in split(problem):
         found = Program(part).quietest()
@@ -33,6 +38,20 @@ def unreachable(problem: Problem, budget: float) -> BudgetError:
         f"no assignment keeps the predicted gradient error within {budget:g}: the smallest that "
         f"can be reached is {problem.error(quietest):.3g}, because of {_some(causes)}; allow that "
         "much, or lift what rules their wider formats out"
+    )
+
+
+def _unstorable(problem: Problem, budget: float) -> BudgetError:
+    """The error where memory is limited: the least that can be kept, whatever the error."""
+    narrowest = {
+        store: min(problem.options[store], key=lambda fmt: CHOICES[fmt].bytes)
+        for store in problem.saved.elements
+    }
+    least = readable_bytes(problem.stored_bytes(narrowest))
+    return BudgetError(
+        f"no assignment keeps at most {readable_bytes(problem.most_bytes)} for the backward pass "
+        f"and the predicted gradient error within {budget:g}: with every kept tensor in its "
+        f"narrowest format it is {least}; allow more memory or more error"
     )
 
 

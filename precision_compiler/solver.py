@@ -1,6 +1,7 @@
 """The fastest assignment within an error budget: by parts if there are many, or in one program."""
 
 import time
+from math import isfinite
 
 from precision_compiler.composed import Composed
 from precision_compiler.problem import Problem, Solution, judged
@@ -33,7 +34,7 @@ def solve(problem: Problem, budget: float, gap: float = 1e-3, seconds: float = 6
 def _solved(problem: Problem, budget: float, gap: float, seconds: float) -> Solution:
     end = time.monotonic() + seconds
     found = None
-    if len(problem.options) > FEW:
+    if len(problem.options) > FEW and not isfinite(problem.most_bytes):  # which ties all parts
         composed = Composed(problem)
         if len(problem.options) > MANY:
             found = composed.solve(budget**2, gap, end)

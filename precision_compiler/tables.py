@@ -64,6 +64,9 @@ class Tables:
         pairs: readings whose effects go together.
         exact: storage sites whose rounding changes nothing once the named ones are as coarse.
         autocast: autocast's policy, by site.
+        kept_elements: elements that the backward pass needs, by storage site.
+        kept_bytes: bytes of what else it needs.
+        most_bytes: limit on both together; None if there is none.
     """
 
     __pydantic_config__ = STRICT
@@ -77,3 +80,6 @@ class Tables:
     pairs: tuple[Together, ...]
     exact: Mapping[str, tuple[str, ...]]
     autocast: Mapping[str, str]
+    kept_elements: Mapping[str, int]
+    kept_bytes: float
+    most_bytes: float | None

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from precision_compiler.formats import Format
 from precision_compiler.links import Link, Links
 from precision_compiler.paper import borrowed
 from precision_compiler.plan import Plan
-from precision_compiler.problem import Prices, Problem
+from precision_compiler.problem import Prices, Problem, Saved
 from precision_compiler.sites import Site
 from precision_compiler.statistics import Correlation, Statistics
 from precision_compiler.tables import Reading, Tables, Together
@@ -67,7 +68,8 @@ def tables_of(problem: Problem, baseline: Mapping[str, str]) -> Tables:
     exact = {name: tuple(found) for name, found in problem.statistics.exact.items()}
     return Tables(
         nodes, readings, dict(links.results), dict(prices.casts), prices.fixed, variances, pairs,
-        exact, dict(baseline),
+        exact, dict(baseline), dict(problem.saved.elements), problem.saved.other,
+        problem.most_bytes if problem.most_bytes < inf else None,
     )  # fmt: skip
 
 
@@ -117,7 +119,9 @@ def _problem(plan: Plan, tables: Tables) -> Problem:
         for name, one in plan.sites.items()
     }
     links = Links(contractions, stores, reads, tables.results)
-    return Problem(links, options, prices, _statistics(tables, links))
+    saved = Saved(tables.kept_elements, frozenset(), tables.kept_bytes)
+    most = inf if tables.most_bytes is None else tables.most_bytes
+    return Problem(links, options, prices, _statistics(tables, links), saved=saved, most_bytes=most)
 
 
 def _statistics(tables: Tables, links: Links) -> Statistics:
