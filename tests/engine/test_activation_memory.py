@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from precision_compiler.budget import Budget
 from precision_compiler.compiler import decide
 from precision_compiler.errors import BudgetError
-from precision_compiler.problem import Problem, Saved
+from precision_compiler.problem import Prices, Problem, Saved
 from precision_compiler.sizes import bytes_of, readable_bytes
 from precision_compiler.solver import solve
 from tests.helpers import machine
@@ -76,7 +76,7 @@ def test_a_limit_is_kept_and_costs_time() -> None:
     assert limited.seconds >= free.bound
 
 
-def no_prices(found: Problem) -> object:
+def no_prices(found: Problem) -> Prices:
     """Prices of nothing but the bytes that are kept."""
     prices = found.prices
     sizes = found.saved.elements
