@@ -38,7 +38,9 @@ def main() -> int:
     for finding in prove():
         words = "; ".join(finding.failures) or "as claimed"
         place = f"{finding.architecture} {finding.kernel} {finding.format} {finding.build}"
-        print(f"{place}: {finding.instructions}, {finding.registers} registers: {words}", flush=True)
+        print(
+            f"{place}: {finding.instructions}, {finding.registers} registers: {words}", flush=True
+        )
         findings.append(finding)
     seconds = perf_counter() - started
     print(f"{len(findings)} builds in {seconds:.0f} s")

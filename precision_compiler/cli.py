@@ -12,6 +12,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from precision_compiler import Plan, Target, export_onnx, make_plan
 from precision_compiler.demo import Demo, run_demo
 from precision_compiler.errors import PrecisionError
+from precision_compiler.kernels.selftest import selftest
 from precision_compiler.report.show import show_plan
 from precision_compiler.report.targets import explain_target, show_targets
 from precision_compiler.workload import load_workload
@@ -41,16 +42,15 @@ WORKLOAD = "file.py:function or package.module:function; it returns a Workload(m
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, or 2 after a mistake of the user."""
     options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], None] = options.command
+    command: Callable[[argparse.Namespace], int | None] = options.command
     try:
-        command(options)
+        return command(options) or 0
     except PrecisionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_show(commands)
     _add_export(commands)
     _add_targets(commands)
+    _add_selftest(commands)
     return parser
 
 
@@ -169,6 +170,22 @@ def _add_targets(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(command=_targets)
 
 
+def _add_selftest(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "selftest",
+        help="check the GPU kernels on this machine against their references",
+        description="Runs every kernel against its reference and times it. On the CPU, where "
+        "kernels are their references, it runs torch's checks of operators. Exits with 1 if a "
+        "kernel is wrong, with 2 if there is no such device.",
+        epilog="example: precision-compiler selftest --device cuda",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda",
+        help="where to run; cuda is AMD's too (default: %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(command=_selftest)
+
+
 def _demo(options: argparse.Namespace) -> None:
     run_demo(Demo.quick() if options.quick else Demo.full(), options.output, Console())
 
@@ -218,6 +235,16 @@ def _targets(options: argparse.Namespace) -> None:
     with _spinner("measuring this machine"):
         targets = [Target.load(name) for name in Target.names()]
     show_targets(targets, Console())
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    wrong = 0
+    for check in selftest(options.device):
+        wrong += bool(check.problems)
+        words = check.skipped or "; ".join(check.problems) or "as its reference"
+        time = "" if check.milliseconds is None else f", {check.milliseconds:.3f} ms"
+        print(f"{check.kernel} {check.format}: {words}{time}", flush=True)
+    return int(wrong > 0)
 
 
 def _positive(text: str) -> int:

@@ -60,6 +60,7 @@ LAYERS = (
         "trial",
         "verify",
     },
+    {"kernels"},
     {"passes.analyse", "passes.assign", "passes.cost", "passes.lower", "passes.rewrite"},
     {"passes"},
     {"verification"},

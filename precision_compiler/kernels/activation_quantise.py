@@ -158,9 +158,7 @@ def activation_kernel(
         y = gelu(y)
     tl.atomic_max(amax, tl.max(tl.max(magnitude_bits(y), axis=1), axis=0))
     if MX:
-        made, codes = mx_tile(
-            y, ROWS, COLUMNS, SHIFT, LEAST, LARGEST, LARGEST_BITS, SIGNED_ZERO
-        )
+        made, codes = mx_tile(y, ROWS, COLUMNS, SHIFT, LEAST, LARGEST, LARGEST_BITS, SIGNED_ZERO)
         b = tl.program_id(1) * (COLUMNS // 32) + tl.arange(0, COLUMNS // 32)
         where = r.to(tl.int64)[:, None] * (N // 32) + b[None, :]
         tl.store(row_scales + where, codes, mask=(r < M)[:, None] & (b < N // 32)[None, :])

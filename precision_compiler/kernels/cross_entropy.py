@@ -154,15 +154,15 @@ def _(
     return torch.empty_like(hidden), torch.empty_like(weight)
 
 
-def _save(context: Any, inputs: tuple[Any, ...], output: Pair) -> None:
-    *tensors, context.ignore = inputs
-    context.save_for_backward(*tensors, output[1])
-    context.mark_non_differentiable(output[1])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
+    *tensors, ctx.ignore = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(context: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[Any, ...]:
-    hidden, weight, target, total = context.saved_tensors
-    grads = linear_cross_entropy_backward(grad, hidden, weight, target, total, context.ignore)
+def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[Any, ...]:
+    hidden, weight, target, total = ctx.saved_tensors
+    grads = linear_cross_entropy_backward(grad, hidden, weight, target, total, ctx.ignore)
     return *grads, None, None
 
 

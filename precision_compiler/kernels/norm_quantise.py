@@ -246,7 +246,9 @@ def mx_kernel(
             part = tl.sum(tile, axis=1) / count
             apart = tl.where(inside, tile - part[:, None], 0.0)
             step = part - mean
-            squares += tl.sum(apart * apart, axis=1) + step * step * (first * count / (first + count))
+            squares += tl.sum(apart * apart, axis=1) + step * step * (
+                first * count / (first + count)
+            )
             mean += step * (count / (first + count))
         else:
             squares += tl.sum(tile * tile, axis=1)
@@ -263,9 +265,7 @@ def mx_kernel(
         if BIASED:
             y += tl.load(bias + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
         y = tl.where(inside, y, 0.0)
-        made, codes = mx_tile(
-            y, ROWS, COLUMNS, SHIFT, LEAST, LARGEST, LARGEST_BITS, SIGNED_ZERO
-        )
+        made, codes = mx_tile(y, ROWS, COLUMNS, SHIFT, LEAST, LARGEST, LARGEST_BITS, SIGNED_ZERO)
         tl.store(rows + start + c[None, :], made.to(rows.dtype.element_ty), mask=inside)
         b = first // 32 + tl.arange(0, COLUMNS // 32)
         at = r.to(tl.int64)[:, None] * (N // 32) + b[None, :]

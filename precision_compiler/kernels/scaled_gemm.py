@@ -106,9 +106,7 @@ def _check(
 
 
 @jit
-def tile_of(
-    M: Value, N: Value, BLOCK_M: constexpr, BLOCK_N: constexpr, GROUP: constexpr
-) -> Value:
+def tile_of(M: Value, N: Value, BLOCK_M: constexpr, BLOCK_N: constexpr, GROUP: constexpr) -> Value:
     """Rows and columns of a program's tile; GROUP rows of tiles run together for the cache."""
     program = tl.program_id(0)
     across = tl.cdiv(N, BLOCK_N)

@@ -1,0 +1,78 @@
+"""Runs every kernel through Triton's interpreter and prints what differs from its reference.
+
+Started by test_interpreted.py with TRITON_INTERPRET=1. The interpreter of Triton 3.8 converts
+floats wrongly (it drops carries and rounds ties away from zero) and computes in bf16 on raw bits,
+so its conversion is replaced by that of ml_dtypes, and bf16 operands of products are given in
+float32. It also takes every block scale for e8m0, so NVFP4's are decoded for it. What passes proves indices, scales and epilogues, not the hardware's arithmetic.
+"""
+
+import json
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+import triton.runtime.interpreter as interpreter
+
+from precision_compiler.kernels import KERNELS
+from precision_compiler.kernels.compare import mismatches
+
+BF16, FP32 = 2.0**-8, 1e-5
+"""Largest differences, relative to the largest number, of results in these formats."""
+TYPES = {
+    "fp8e4nv": ml_dtypes.float8_e4m3fn,
+    "fp8e5": ml_dtypes.float8_e5m2,
+    "fp8e4b8": ml_dtypes.float8_e4m3fnuz,
+    "fp8e5b16": ml_dtypes.float8_e5m2fnuz,
+    "bf16": ml_dtypes.bfloat16,
+    "fp16": np.float16,
+    "fp32": np.float32,
+    "fp64": np.float64,
+}
+
+
+def convert(x: np.ndarray, source: Any, goal: Any, rounding: Any) -> np.ndarray:
+    """Stands in for the interpreter's conversion: to nearest even, saturating to 8 bits."""
+    del rounding
+    kind = TYPES[goal.name]
+    wide = np.frombuffer(x.tobytes(), dtype=TYPES[source.name]).astype(np.float64)
+    if goal.primitive_bitwidth == 8:
+        largest = float(ml_dtypes.finfo(kind).max)
+        wide = np.clip(wide, -largest, largest)
+    return wide.astype(kind).view(f"uint{goal.primitive_bitwidth}").reshape(x.shape)
+
+
+def decode_e4m3(scale: np.ndarray) -> np.ndarray:
+    """Stands in for the interpreter's decoding of block scales in NVFP4."""
+    return scale.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
+
+def arguments(kernel: Any, format: str) -> tuple[Any, ...]:
+    given = kernel.example(format, "cpu", False)
+    if not kernel.matrix:
+        return given
+    return tuple(
+        x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x for x in given
+    )
+
+
+def checked(kernel: Any, format: str) -> list[str]:
+    given = arguments(kernel, format)
+    if format == "nvfp4":
+        vars(interpreter)["_e8m0_to_f32"] = decode_e4m3
+    made, wanted = kernel.launch(*given), kernel.reference(*given)
+    if isinstance(made, torch.Tensor):
+        made, wanted = (made,), (wanted,)
+    return mismatches(made, wanted, BF16 if kernel.name == "scaled_gemm" else FP32)
+
+
+if __name__ == "__main__":
+    vars(interpreter)["_convert_float"] = convert
+    found = {
+        f"{kernel.name} {format}": checked(kernel, format)
+        for kernel in KERNELS
+        for format in kernel.formats
+        if kernel.name in sys.argv[1:]
+    }
+    print(json.dumps(found))
