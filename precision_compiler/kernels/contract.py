@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._library.custom_ops import CustomOpDef
 
 from precision_compiler.codes import encode
 from precision_compiler.elements import E8M0, FORMATS
@@ -73,7 +74,7 @@ class Kernel:
     summary: str
     formats: tuple[str, ...]
     matrix: bool
-    op: Callable[..., Any]
+    op: CustomOpDef
     reference: Callable[..., Any]
     launch: Callable[..., Any]
     example: Callable[[str, str, bool], tuple[Any, ...]]

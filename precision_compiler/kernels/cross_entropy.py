@@ -300,7 +300,8 @@ def backward_launch(
     for first in range(0, words, CHUNK):
         width = min(CHUNK, words - first)
         change = hidden.new_empty(tokens, width)
-        backward_kernel[(triton.cdiv(tokens, TILE["BLOCK_T"]), triton.cdiv(width, TILE["BLOCK_V"]))](
+        grid = (triton.cdiv(tokens, TILE["BLOCK_T"]), triton.cdiv(width, TILE["BLOCK_V"]))
+        backward_kernel[grid](
             hidden, weight, target, total, factor, change, tokens, words, depth, first, width,
             **TILE, num_warps=8, num_stages=3,
         )  # fmt: skip

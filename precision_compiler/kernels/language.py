@@ -32,7 +32,7 @@ else:
     tl = SimpleNamespace()
     if not TYPE_CHECKING:
 
-        class constexpr:  # noqa: N801
+        class constexpr:
             """Stands in for Triton's annotation."""
 
         Value = object

@@ -54,8 +54,8 @@ def compile_for(build: Build, architecture: Architecture) -> Any:
     Pointers and sizes are taken to be multiples of 16, as those that the operators pass are.
     """
     require_triton()
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.backends.compiler import GPUTarget  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    from triton.compiler import ASTSource  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     names = [parameter.name for parameter in build.function.params]
     signature = {name: build.signature.get(name, "constexpr") for name in names}
@@ -81,8 +81,8 @@ def _read_sass(cubin: bytes, ptx: str, shared: int) -> MachineCode:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _USAGE.search(_cuobjdump("-res-usage", path))
-        text = _cuobjdump("-sass", path)
+        text = _cuobjdump(path)
+    usage = _USAGE.search(text)
     if usage is None:
         raise InternalError("cuobjdump reports no use of registers")
     found = Counter(match.group(1) for match in _SASS.finditer(text))
@@ -113,7 +113,7 @@ def _metadata(text: str, key: str) -> int:
     return int(match.group(1))
 
 
-def _cuobjdump(option: str, path: Path) -> str:
+def _cuobjdump(path: Path) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [str(tool), option, str(path)]
+    command = [str(tool), "-res-usage", "-sass", str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -312,7 +312,7 @@ def launch(
 
 
 def example(format: str, device: str, large: bool) -> tuple[Any, ...]:
-    """Arguments of ``norm_quantise``: rows of different sizes, an outlier, a row of equal numbers."""
+    """Arguments of ``norm_quantise``: rows of all sizes, an outlier, a row of equal numbers."""
     m, n = (8192, 4096) if large else (40, 160)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(m, n, generator=generator) * torch.logspace(-2, 2, m)[:, None]

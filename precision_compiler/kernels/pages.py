@@ -16,8 +16,9 @@ def updated(page: str, findings: Iterable[Finding]) -> str:
         "roofline": roofline_table(),
     }
     for name, table in made.items():
-        pattern = rf"(<!-- {name} table -->\n)(?:\|.*\n)*"
-        page = re.sub(pattern, lambda match, table=table: match.group(1) + table, page)
+        mark = f"<!-- {name} table -->\n"
+        before, _, after = page.partition(mark)
+        page = before + mark + table + re.sub(r"\A(?:\|.*\n)*", "", after)
     return page
 
 

@@ -219,13 +219,13 @@ def builds(format: str) -> tuple[Build, ...]:
     signature = {"a": pointer(format), "b": pointer(other), "scale_a": "*fp32"}
     signature |= {"scale_b": "*fp32", "bias": "*fp32", "out": "*bf16", "amax": "*i32"}
     signature |= {"M": "i32", "N": "i32", "K": "i32"}
-    forward = {"ROWS_A": True, "ROWS_B": True, "BIASED": True, "ACTIVATION": "gelu"}
-    forward |= {"PROMOTE": None} | TILE
-    backward = {"ROWS_A": False, "ROWS_B": False, "BIASED": False, "ACTIVATION": "none"}
-    backward |= {"PROMOTE": PROMOTE_EVERY} | TILE
+    forward = TILE | {"ROWS_A": True, "ROWS_B": True, "BIASED": True}
+    backward = TILE | {"ROWS_A": False, "ROWS_B": False, "BIASED": False}
+    fast = {"ACTIVATION": "gelu", "PROMOTE": None}
+    promoted = {"ACTIVATION": "none", "PROMOTE": PROMOTE_EVERY}
     return (
-        Build("row scales, bias, gelu, fast", gemm_kernel, signature, forward),
-        Build("tensor scales, promoted", gemm_kernel, signature, backward),
+        Build("row scales, bias, gelu, fast", gemm_kernel, signature, {**forward, **fast}),
+        Build("tensor scales, promoted", gemm_kernel, signature, {**backward, **promoted}),
     )
 
 

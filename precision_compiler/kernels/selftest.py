@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
+from torch._library.custom_ops import CustomOpDef
 
 from precision_compiler.errors import ToolchainError
 from precision_compiler.kernels.capability import KERNELS, supports
@@ -77,7 +78,7 @@ def _on_cpu() -> Iterator[Check]:
             yield Check(kernel.name, format, 1e3 * seconds, tuple(problems))
 
 
-def check_operator(op: Callable[..., Any], given: tuple[Any, ...]) -> None:
+def check_operator(op: CustomOpDef, given: tuple[Any, ...]) -> None:
     """``torch.library.opcheck``; its check of the schema cannot compare operands in fp8."""
     narrow = any(isinstance(x, torch.Tensor) and x.dtype in NARROW for x in given)
     torch.library.opcheck(op, given, test_utils=CHECKS if narrow else ("test_schema", *CHECKS))

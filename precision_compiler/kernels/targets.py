@@ -115,7 +115,10 @@ ARCHITECTURES = (
             "mxfp8": r"v_mfma_scale_f32_\d+x\d+x\d+_f8f6f4",
             "mxfp4": r"v_mfma_scale_f32_\d+x\d+x\d+_f8f6f4",
         },
-        {"e4m3": r"v_cvt_(scalef32_)?pk_fp8_f32(_e64)?", "e5m2": r"v_cvt_(scalef32_)?pk_bf8_f32(_e64)?"},
+        {
+            "e4m3": r"v_cvt_(scalef32_)?pk_fp8_f32(_e64)?",
+            "e5m2": r"v_cvt_(scalef32_)?pk_bf8_f32(_e64)?",
+        },
     ),
 )  # fmt: skip
 

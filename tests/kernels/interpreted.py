@@ -3,7 +3,8 @@
 Started by test_interpreted.py with TRITON_INTERPRET=1. The interpreter of Triton 3.8 converts
 floats wrongly (it drops carries and rounds ties away from zero) and computes in bf16 on raw bits,
 so its conversion is replaced by that of ml_dtypes, and bf16 operands of products are given in
-float32. It also takes every block scale for e8m0, so NVFP4's are decoded for it. What passes proves indices, scales and epilogues, not the hardware's arithmetic.
+float32. It also takes every block scale for e8m0, so NVFP4's are decoded for it. What passes
+proves indices, masks, scales and epilogues, not the hardware's arithmetic.
 """
 
 import json
@@ -13,14 +14,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-import triton.runtime.interpreter as interpreter
+import triton.runtime.interpreter as interpreter  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
 from precision_compiler.kernels import KERNELS
 from precision_compiler.kernels.compare import mismatches
+from precision_compiler.kernels.contract import Kernel
 
 BF16, FP32 = 2.0**-8, 1e-5
 """Largest differences, relative to the largest number, of results in these formats."""
-TYPES = {
+LARGEST = {"fp8e4nv": 448.0, "fp8e5": 57344.0, "fp8e4b8": 240.0, "fp8e5b16": 57344.0}
+TYPES: dict[str, Any] = {
     "fp8e4nv": ml_dtypes.float8_e4m3fn,
     "fp8e5": ml_dtypes.float8_e5m2,
     "fp8e4b8": ml_dtypes.float8_e4m3fnuz,
@@ -38,18 +41,19 @@ def convert(x: np.ndarray, source: Any, goal: Any, rounding: Any) -> np.ndarray:
     kind = TYPES[goal.name]
     wide = np.frombuffer(x.tobytes(), dtype=TYPES[source.name]).astype(np.float64)
     if goal.primitive_bitwidth == 8:
-        largest = float(ml_dtypes.finfo(kind).max)
-        wide = np.clip(wide, -largest, largest)
-    return wide.astype(kind).view(f"uint{goal.primitive_bitwidth}").reshape(x.shape)
+        wide = np.clip(wide, -LARGEST[goal.name], LARGEST[goal.name])
+    made: np.ndarray = wide.astype(kind).view(f"uint{goal.primitive_bitwidth}").reshape(x.shape)
+    return made
 
 
 def decode_e4m3(scale: np.ndarray) -> np.ndarray:
     """Stands in for the interpreter's decoding of block scales in NVFP4."""
-    return scale.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    made: np.ndarray = scale.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return made
 
 
-def arguments(kernel: Any, format: str) -> tuple[Any, ...]:
-    given = kernel.example(format, "cpu", False)
+def arguments(kernel: Kernel, format: str) -> tuple[Any, ...]:
+    given: tuple[Any, ...] = kernel.example(format, "cpu", False)
     if not kernel.matrix:
         return given
     return tuple(
@@ -57,7 +61,7 @@ def arguments(kernel: Any, format: str) -> tuple[Any, ...]:
     )
 
 
-def checked(kernel: Any, format: str) -> list[str]:
+def checked(kernel: Kernel, format: str) -> list[str]:
     given = arguments(kernel, format)
     if format == "nvfp4":
         vars(interpreter)["_e8m0_to_f32"] = decode_e4m3

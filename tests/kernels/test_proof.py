@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 from precision_compiler.kernels import KERNELS, block_gemm, cross_entropy, scaled_gemm
+from precision_compiler.kernels.language import INSTALLED
 from precision_compiler.kernels.machine_code import MachineCode, compile_for, machine_code
-from precision_compiler.kernels.pages import support_table, roofline_table, updated
+from precision_compiler.kernels.pages import roofline_table, support_table, updated
 from precision_compiler.kernels.proof import claims, failures, prove
 from precision_compiler.kernels.targets import architecture_named
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 GOOD = MachineCode(Counter({"QGMMA.64x128x32.F32.E4M3.E4M3": 4}), 168, 0, 98304, 0, "")
-needs_triton = pytest.mark.skipif("not __import__('importlib.util').util.find_spec('triton')")
+needs_triton = pytest.mark.skipif(not INSTALLED, reason="needs Triton")
 
 
 def problems(code: MachineCode) -> list[str]:
