@@ -207,6 +207,16 @@ def example(format: str, device: str, large: bool) -> tuple[Any, ...]:
     return x, None, torch.tensor([16.0], device=device), format
 
 
+def variants(
+    x: torch.Tensor, up: torch.Tensor | None, scale: torch.Tensor | None, format: str
+) -> tuple[tuple[Any, ...], ...]:
+    """The other activation, with a row of zeros, a huge number and a NaN."""
+    x = x.float()
+    x[0] = 0.0
+    x[1, 5], x[2, 7] = 1e37, torch.nan
+    return ((x, x.flip(0).contiguous() if up is None else None, scale, format),)
+
+
 def builds(format: str) -> tuple[Build, ...]:
     """GELU and SwiGLU."""
     mx = format.startswith("mx")
@@ -239,4 +249,5 @@ KERNEL = Kernel(
     example=example,
     builds=builds,
     work=work,
+    variants=variants,
 )

@@ -42,14 +42,24 @@ def _mismatch(made: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> str
     if not made.dtype.is_floating_point:
         count = int((made != wanted).sum())
         return f"{count} of {made.numel()} codes differ" if count else ""
-    largest = float((made.double() - wanted.double()).abs().max())
-    allowed = tolerance * float(wanted.double().abs().max())
+    finite = wanted.isfinite()
+    if not torch.equal(made[~finite].nan_to_num(nan=0.0), wanted[~finite].nan_to_num(nan=0.0)):
+        return "infinities and NaN differ"
+    one, other = made[finite].double(), wanted[finite].double()
+    largest = float((one - other).abs().amax()) if one.numel() else 0.0
+    allowed = tolerance * float(other.abs().amax()) if one.numel() else 0.0
     return "" if largest <= allowed else f"differs by {largest:g}, {allowed:g} is allowed"
 
 
 def _steps_apart(made: torch.Tensor, wanted: torch.Tensor) -> str:
-    """The codes of 8-bit floats, less their sign, count the format's numbers from zero up."""
-    apart = (_position(made) - _position(wanted)).abs()
+    """The codes of 8-bit floats, less their sign, count the format's numbers from zero up.
+
+    The two zeros are neighbours.
+    """
+    unknown = wanted.float().isnan()
+    if not torch.equal(made.float().isnan(), unknown):
+        return "NaN differ"
+    apart = (_position(made) - _position(wanted)).abs().masked_fill(unknown, 0)
     furthest, share = int(apart.max()), float((apart > 0).double().mean())
     if furthest > 1:
         return f"elements are up to {furthest} numbers apart"
@@ -58,4 +68,4 @@ def _steps_apart(made: torch.Tensor, wanted: torch.Tensor) -> str:
 
 def _position(x: torch.Tensor) -> torch.Tensor:
     codes = x.contiguous().view(torch.uint8).int()
-    return torch.where(codes < 128, codes, 128 - codes)
+    return torch.where(codes < 128, codes, 127 - codes)

@@ -1,7 +1,7 @@
 """What every kernel of this folder brings with it, and helpers that their references share."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ class Kernel:
         reference: the same in torch, on any device.
         launch: the same by Triton, which its interpreter also runs on the CPU.
         example: arguments for a format and a device, small or large.
+        variants: further arguments made from those, for the kernel's other branches.
         builds: ways to compile it for a format.
         work: bytes and operations on a typical shape in a format.
         tolerance: largest difference from the reference, relative to the largest number.
@@ -80,7 +81,13 @@ class Kernel:
     example: Callable[[str, str, bool], tuple[Any, ...]]
     builds: Callable[[str], tuple[Build, ...]]
     work: Callable[[str], Work]
-    tolerance: float = field(default=2.0**-7)
+    variants: Callable[..., tuple[tuple[Any, ...], ...]] = lambda *given: ()
+    tolerance: float = 2.0**-7
+
+    def cases(self, format: str, device: str) -> tuple[tuple[Any, ...], ...]:
+        """Small arguments that between them take every branch of the kernel."""
+        given = self.example(format, device, False)
+        return (given, *self.variants(*given))
 
 
 def pointer(name: str) -> str:

@@ -326,6 +326,14 @@ def example(format: str, device: str, large: bool) -> tuple[Any, ...]:
     return (*moved, 1e-5, True, element, scaling)
 
 
+def variants(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, *rest: Any
+) -> tuple[tuple[Any, ...], ...]:
+    """RMSNorm, in float32, and LayerNorm without a bias."""
+    _, *kind = rest
+    return (x.float(), weight, None, eps, False, *kind), (x, weight, None, eps, True, *kind)
+
+
 def builds(format: str) -> tuple[Build, ...]:
     """LayerNorm and RMSNorm of rows of 4096."""
     mx = format.startswith("mx")
@@ -367,4 +375,5 @@ KERNEL = Kernel(
     example=example,
     builds=builds,
     work=work,
+    variants=variants,
 )

@@ -202,7 +202,7 @@ def launch(
 
 def example(format: str, device: str, large: bool) -> tuple[Any, ...]:
     """Arguments of ``scaled_gemm`` with ragged sizes; the second operand is e4m3 in any case."""
-    m, n, k = (8192, 4096, 4096) if large else (40, 48, 80)
+    m, n, k = (8192, 4096, 4096) if large else (136, 144, 208)
     generator = torch.Generator().manual_seed(3)
     other = format.replace("e5m2", "e4m3")
     a = torch.randn(m, k, generator=generator).mul(8).to(storage(format)).to(device)
@@ -211,6 +211,14 @@ def example(format: str, device: str, large: bool) -> tuple[Any, ...]:
     scale_b = torch.tensor([2.0**-4], device=device)
     bias = torch.randn(n, generator=generator).to(device)
     return a, b, scale_a, scale_b, bias, "gelu", torch.bfloat16, False
+
+
+def variants(
+    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, *_: Any
+) -> tuple[tuple[Any, ...], ...]:
+    """A scale for all of ``a`` and one per row of ``b``, without bias, with other activations."""
+    whole = (a, b, scale_a[:1], scale_b.expand(b.shape[0]).contiguous(), None)
+    return (*whole, "none", torch.float32, True), (*whole, "silu", torch.float16, False)
 
 
 def builds(format: str) -> tuple[Build, ...]:
@@ -247,4 +255,5 @@ KERNEL = Kernel(
     example=example,
     builds=builds,
     work=work,
+    variants=variants,
 )
