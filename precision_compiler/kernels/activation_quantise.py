@@ -210,11 +210,14 @@ def example(format: str, device: str, large: bool) -> tuple[Any, ...]:
 def variants(
     x: torch.Tensor, up: torch.Tensor | None, scale: torch.Tensor | None, format: str
 ) -> tuple[tuple[Any, ...], ...]:
-    """The other activation, with a row of zeros, a huge number and a NaN."""
+    """The other activation, with a row of zeros, a huge number and a NaN; SwiGLU at infinity."""
     x = x.float()
+    far = torch.ones_like(x)
+    far[3, 5] = torch.inf
+    gated = (x.clone(), far, scale, format)
     x[0] = 0.0
     x[1, 5], x[2, 7] = 1e37, torch.nan
-    return ((x, x.flip(0).contiguous() if up is None else None, scale, format),)
+    return (x, x.flip(0).contiguous() if up is None else None, scale, format), gated
 
 
 def builds(format: str) -> tuple[Build, ...]:

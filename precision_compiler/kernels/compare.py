@@ -54,7 +54,7 @@ def _mismatch(made: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> str
 def _steps_apart(made: torch.Tensor, wanted: torch.Tensor) -> str:
     """The codes of 8-bit floats, less their sign, count the format's numbers from zero up.
 
-    The two zeros are neighbours.
+    The two zeros, where there are two, are neighbours.
     """
     unknown = wanted.float().isnan()
     if not torch.equal(made.float().isnan(), unknown):
@@ -67,5 +67,6 @@ def _steps_apart(made: torch.Tensor, wanted: torch.Tensor) -> str:
 
 
 def _position(x: torch.Tensor) -> torch.Tensor:
+    zero = 128 if x.dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz) else 127
     codes = x.contiguous().view(torch.uint8).int()
-    return torch.where(codes < 128, codes, 127 - codes)
+    return torch.where(codes < 128, codes, zero - codes)

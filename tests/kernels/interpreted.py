@@ -2,8 +2,8 @@
 
 Started by test_interpreted.py with TRITON_INTERPRET=1. The interpreter of Triton 3.8 converts
 floats wrongly (it drops carries and rounds ties away from zero) and computes in bf16 on raw bits,
-so its conversion is replaced by that of ml_dtypes, which refuses what is off the grid, and bf16 operands of products are given in
-float32. It also takes every block scale for e8m0, so NVFP4's are decoded for it. What passes
+so its conversion is replaced by that of ml_dtypes, which refuses what is off the grid of 8 bits,
+and bf16 operands of products are given in float32. It also takes every block scale for e8m0, so NVFP4's are decoded for it. What passes
 proves indices, masks, scales and epilogues, not the hardware's arithmetic.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import triton.runtime.interpreter as interpreter  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-from precision_compiler.kernels import KERNELS
+from precision_compiler.kernels import KERNELS, block_gemm, cross_entropy, scaled_gemm
 from precision_compiler.kernels.compare import mismatches
 from precision_compiler.kernels.contract import Kernel
 
@@ -76,6 +76,9 @@ def checked(kernel: Kernel, format: str) -> list[str]:
 
 if __name__ == "__main__":
     vars(interpreter)["_convert_float"] = convert
+    for module in (scaled_gemm, block_gemm):  # more than one group of tiles, and several steps
+        module.TILE.update(BLOCK_M=16, BLOCK_N=32)
+    cross_entropy.CHUNK = 128
     found = {
         f"{kernel.name} {format}": checked(kernel, format)
         for kernel in KERNELS
