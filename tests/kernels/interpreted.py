@@ -3,8 +3,9 @@
 Started by test_interpreted.py with TRITON_INTERPRET=1. The interpreter of Triton 3.8 converts
 floats wrongly (it drops carries and rounds ties away from zero) and computes in bf16 on raw bits,
 so its conversion is replaced by that of ml_dtypes, which refuses what is off the grid of 8 bits,
-and bf16 operands of products are given in float32. It also takes every block scale for e8m0, so NVFP4's are decoded for it. What passes
-proves indices, masks, scales and epilogues, not the hardware's arithmetic.
+and bf16 operands of products are given in float32. It also takes every block scale for e8m0, so
+NVFP4's are decoded for it. What passes proves indices, masks, scales and epilogues, not the
+hardware's arithmetic.
 """
 
 import json
