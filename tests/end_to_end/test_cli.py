@@ -11,7 +11,7 @@ import precision_compiler
 from precision_compiler.cli import main
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("demo", "plan", "show", "export", "targets")
+COMMANDS = ("demo", "plan", "show", "export", "targets", "selftest")
 WORKLOAD = """
 import torch
 from torch import nn
