@@ -13,6 +13,7 @@ from precision_compiler import Plan, Target, export_onnx, make_frontier, make_pl
 from precision_compiler.cli_plans import add_diff, add_report, add_show, require_folder
 from precision_compiler.demo import Demo, run_demo
 from precision_compiler.errors import PrecisionError
+from precision_compiler.kernels.selftest import selftest
 from precision_compiler.report.explanation import show_explanation
 from precision_compiler.report.frontier import draw_frontier, show_frontier
 from precision_compiler.report.show import show_plan
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add_diff(commands)
     _add_export(commands)
     _add_targets(commands)
+    _add_selftest(commands)
     return parser
 
 
@@ -217,6 +219,22 @@ def _add_targets(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(command=_targets)
 
 
+def _add_selftest(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "selftest",
+        help="check the GPU kernels on this machine against their references",
+        description="Runs every kernel against its reference and times it. On the CPU, where "
+        "kernels are their references, it runs torch's checks of operators. Exits with 1 if a "
+        "kernel is wrong, with 2 if there is no such device.",
+        epilog="example: precision-compiler selftest --device cuda",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda",
+        help="where to run; cuda is AMD's too (default: %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(command=_selftest)
+
+
 def _demo(options: argparse.Namespace) -> None:
     run_demo(Demo.quick() if options.quick else Demo.full(), options.output, Console())
 
@@ -296,6 +314,16 @@ def _targets(options: argparse.Namespace) -> None:
     with _spinner("measuring this machine"):
         targets = [Target.load(name) for name in Target.names()]
     show_targets(targets, Console())
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    wrong = 0
+    for check in selftest(options.device):
+        wrong += bool(check.problems)
+        words = check.skipped or "; ".join(check.problems) or "as its reference"
+        time = "" if check.milliseconds is None else f", {check.milliseconds:.3f} ms"
+        print(f"{check.kernel} {check.format}: {words}{time}", flush=True)
+    return int(wrong > 0)
 
 
 def _positive(text: str) -> int:

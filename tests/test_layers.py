@@ -73,6 +73,7 @@ LAYERS = (
         "tradeoff",
         "verify",
     },
+    {"kernels"},
     {"passes.analyse", "passes.assign", "passes.cost", "passes.lower", "passes.rewrite"},
     {"passes"},
     {"verification"},

@@ -14,6 +14,7 @@ from precision_compiler.cli import main
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "demo", "plan", "pareto", "show", "report", "explain", "diff", "export", "targets",
+    "selftest",
 )  # fmt: skip
 WORKLOAD = """
 import torch
