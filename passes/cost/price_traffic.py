@@ -41,7 +41,7 @@ class PriceTraffic:
        the kernel that makes it, or is one of its own, and only then it can be cast. Where the
        hardware multiplies only operands that are contiguous along the sum, and in block formats,
        a copy is written once for each way in which its readers sum over it; blocks of MX formats
-       need no amax of the whole tensor.
+       need no amax of the whole tensor, but their scales are arranged for the hardware by a kernel.
     4. Formats change nothing about launches, tensors that are no site, and arithmetic, which is
        float32: together they are the fixed time. On this machine arithmetic is timed, operation
        by operation, on tensors that stay in its caches; on others it hides behind the traffic.
@@ -131,7 +131,10 @@ def cast_seconds(node: fx.Node, fmt: str, target: Target, layouts: int = 1) -> f
     written = layouts * target.write_seconds(elements * CHOICES[fmt].bytes)
     read = target.read_seconds(elements * CHOICES["fp32"].bytes) + target.launch_seconds
     passes = int(not is_fused(node)) + int(_needs_amax(fmt, target))
-    return written + passes * read
+    arranging = 0.0
+    if CHOICES[fmt].block:  # the cast itself is one of the kernels
+        arranging = layouts * (target.quantisation("block").kernels - 1) * target.launch_seconds
+    return written + passes * read + arranging
 
 
 def _needs_amax(fmt: str, target: Target) -> bool:
