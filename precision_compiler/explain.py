@@ -85,6 +85,11 @@ def forced(problem: Problem, site: str, fmt: str) -> Problem:
 
 def _alternative(plan: Plan, problem: Problem, site: str, fmt: str, best: Solution) -> Alternative:
     veto = plan.sites[site].options[fmt].veto
+    if fmt == plan.sites[site].format:
+        more = max(0.0, plan.predicted_seconds - best.seconds)
+        return Alternative(
+            fmt, plan.predicted_seconds, more, plan.predicted_gradient_error, (), veto
+        )
     try:
         found = solve(forced(problem, site, fmt), plan.budget.limit, GAP)
     except BudgetError:
@@ -94,7 +99,7 @@ def _alternative(plan: Plan, problem: Problem, site: str, fmt: str, best: Soluti
         for name, chosen in found.assignment.items()
         if name != site and chosen != plan.sites[name].format
     )
-    more = found.seconds - best.seconds
+    more = max(0.0, found.seconds - best.seconds)
     return Alternative(fmt, found.seconds, more, found.error, changed, veto)
 
 
