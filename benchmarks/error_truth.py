@@ -473,7 +473,8 @@ def main() -> None:
             if options.only_cost:
                 task = progress.add_task(f"{name}: cost", total=None)
                 it, cost = subject(MODELS[name]())
-                record["models"][name] |= {"cost": cost | memory_of(name), "refused": refused(it)}
+                known = record["models"].setdefault(name, {})
+                known |= {"cost": cost | memory_of(name), "refused": refused(it)}
                 progress.update(task, total=1, completed=1)
             elif name not in record["models"]:
                 record["models"][name] = examined(
