@@ -14,6 +14,7 @@ from precision_compiler.cli_plans import add_diff, add_report, add_show, require
 from precision_compiler.demo import Demo, run_demo
 from precision_compiler.errors import PrecisionError
 from precision_compiler.kernels.selftest import selftest
+from precision_compiler.overrides import read_overrides
 from precision_compiler.report.explanation import show_explanation
 from precision_compiler.report.frontier import draw_frontier, show_frontier
 from precision_compiler.report.show import show_plan
@@ -136,6 +137,19 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="of the training: warns of updates that narrow weights would lose",
     )  # fmt: skip
     parser.add_argument(
+        "--override", action="append", default=[], metavar="GLOB=FORMAT",
+        help="a format to insist on, such as 'blocks.*.fc.wgrad=bf16'; may be given often",
+    )  # fmt: skip
+    parser.add_argument(
+        "--overrides", type=Path, metavar="FILE",
+        help="a TOML file of them, lines such as \"blocks.*.fc.wgrad\" = \"bf16\"",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sibling", type=Path, metavar="PLAN",
+        help="plan of a smaller model of the same kind, to take the errors from, for models on the "
+        "meta device",
+    )  # fmt: skip
+    parser.add_argument(
         "--activation-memory", metavar="SIZE",
         help="most that a step may keep from its forward to its backward pass, such as 40GB",
     )  # fmt: skip
@@ -255,6 +269,8 @@ def _plan(options: argparse.Namespace) -> None:
             held_out=held_out,
             learning_rate=options.learning_rate,
             activation_memory=options.activation_memory,
+            sibling=None if options.sibling is None else Plan.load(options.sibling),
+            overrides=_overrides(options),
             progress=report,
         )
     plan.save(options.output)
@@ -324,6 +340,16 @@ def _selftest(options: argparse.Namespace) -> int:
         time = "" if check.milliseconds is None else f", {check.milliseconds:.3f} ms"
         print(f"{check.kernel} {check.format}: {words}{time}", flush=True)
     return int(wrong > 0)
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, str]:
+    found = {} if options.overrides is None else read_overrides(options.overrides)
+    for text in options.override:
+        pattern, equals, fmt = text.rpartition("=")
+        if not equals or not pattern:
+            raise PrecisionError(f"--override {text}: write GLOB=FORMAT, such as 'head.*=fp32'")
+        found[pattern.strip()] = fmt.strip()
+    return found
 
 
 def _positive(text: str) -> int:

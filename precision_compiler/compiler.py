@@ -1,6 +1,6 @@
 """Read this first: batch -> capture -> analyse -> cost -> assign -> verify -> rewrite -> plan."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -41,6 +41,7 @@ def make_plan(
     memory: float | None = None,
     activation_memory: float | str | None = None,
     sibling: Plan | None = None,
+    overrides: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Decide the formats of a model's training graph without compiling it.
@@ -66,6 +67,8 @@ def make_plan(
             backward pass, such as 4e10 or "40GB".
         sibling: plan of a smaller model of the same kind, to take the errors from instead of
             measuring them.
+        overrides: formats to insist on, by glob over site names: ``{"blocks.*.fc.wgrad": "bf16",
+            "head.*": "keep fp32"}``; vetoes do not count against them.
         progress: called with a short sentence before each step.
 
     Raises:
@@ -87,6 +90,7 @@ def make_plan(
         memory=memory,
         most_bytes=inf if activation_memory is None else bytes_of(activation_memory),
         sibling=sibling,
+        overrides=overrides or {},
         progress=say,
     )
     return decision.plan(progress=say)
@@ -191,13 +195,16 @@ class Decision:
 
     @property
     def candidates(self) -> dict[str, dict[str, str]]:
-        """The solver's assignment, float32, and autocast's policy where it is within the budget."""
+        """The solver's assignment, and float32 and autocast's policy where they are allowed."""
         unit, problem = self.unit, self.unit.problem
-        found = {"plan": unit.assignment, "fp32": problem.uniform()}
-        illegal = next(problem.violations(unit.baseline), None)
-        if illegal is None and problem.error(unit.baseline) <= unit.budget.limit:
-            found["autocast"] = unit.baseline
-        return found
+        others = {"fp32": problem.uniform(), "autocast": unit.baseline}
+        legal = {
+            label: assignment
+            for label, assignment in others.items()
+            if not any(problem.violations(assignment))
+            and problem.error(assignment) <= unit.budget.limit
+        }
+        return {"plan": unit.assignment, **legal}
 
     def plan(self, trial: Trial | None = None, progress: Progress = silent) -> Plan:
         """The plan, rewritten on a copy of the graph to see the result.
@@ -230,12 +237,14 @@ def decide(
     memory: float | None = None,
     most_bytes: float = inf,
     sibling: Plan | None = None,
+    overrides: Mapping[str, str] | None = None,
     progress: Progress = silent,
 ) -> Decision:
     """Choose the formats of a captured graph and verify them; arguments as of ``make_plan``."""
     unit = Unit(
         captured.joint.copy(), target, budget, Journal(), captured, calibration,
         learning_rate=learning_rate, memory=memory, most_bytes=most_bytes,
+        overrides=overrides or {},
     )  # fmt: skip
     runs = captured.joint.has_values
     _decide(unit, sibling, progress)

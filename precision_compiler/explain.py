@@ -6,6 +6,7 @@ from math import inf
 from typing import Literal
 
 from precision_compiler.errors import BudgetError, PlanError
+from precision_compiler.overrides import OVERRIDE
 from precision_compiler.plan import Plan, SiteChoice
 from precision_compiler.problem import Problem, Solution, fixes_result
 from precision_compiler.solver import solve
@@ -14,7 +15,7 @@ from precision_compiler.thaw import problem_of
 GAP = 1e-4
 """Relative gap to which the problem is solved again."""
 
-Binding = Literal["fastest", "veto", "result", "budget", "casts", "trial"]
+Binding = Literal["override", "fastest", "veto", "result", "budget", "casts", "trial"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ class Explanation:
     Attributes:
         site: its name.
         format: the chosen format.
-        binding: what decided: "veto" (a faster one is ruled out), "result" (the format that its
-            contraction returns), "budget" (with more error allowed it would be another), "casts"
-            (another is faster by itself but not with its copies and neighbours), "fastest", or
-            "trial" (measured steps decided).
+        binding: what decided: "override" (the user), "veto" (a faster one is ruled out), "result"
+            (the format that its contraction returns), "budget" (with more error allowed it would
+            be another), "casts" (another is faster by itself but not with its copies and
+            neighbours), "fastest", or "trial" (measured steps decided).
         sentence: the same for people.
         alternatives: every format considered, in the order of the plan.
     """
@@ -105,6 +106,8 @@ def _alternative(plan: Plan, problem: Problem, site: str, fmt: str, best: Soluti
 
 def _binding(plan: Plan, problem: Problem, site: str, choice: SiteChoice) -> tuple[Binding, str]:
     chosen = choice.format
+    if choice.reason.startswith(OVERRIDE):
+        return "override", choice.reason
     if plan.trial is not None and plan.trial.winner != "plan":
         return "trial", plan.trial.sentence
     writer = problem.links.writer.get(site)

@@ -19,6 +19,7 @@ from precision_compiler.graph import root_of, shape_of, value_of
 from precision_compiler.joint import JointGraph
 from precision_compiler.journal import Journal, JournalEntry
 from precision_compiler.links import Links, find_links
+from precision_compiler.overrides import resolved
 from precision_compiler.problem import Prices, Problem, Saved, Solution, Table, fixes_result
 from precision_compiler.statistics import Statistics
 from precision_compiler.target import Target
@@ -53,6 +54,7 @@ class Unit:
         learning_rate: of the training, if it is known.
         memory: bytes the analysis may keep; None for half of what is free.
         most_bytes: limit on what a step keeps from the forward to the backward pass.
+        overrides: formats that the user insists on, by glob over site names.
         flags: what may go wrong.
         vetoes: why a (site or node, format) is ruled out.
         raised: factors on predicted variances that verification asked for, by site.
@@ -73,6 +75,7 @@ class Unit:
     learning_rate: float | None = None
     memory: float | None = None
     most_bytes: float = inf
+    overrides: Mapping[str, str] = field(default_factory=dict)
     flags: list[Flag] = field(default_factory=list)
     vetoes: dict[tuple[str, str], str] = field(default_factory=dict)
     raised: dict[str, float] = field(default_factory=dict)
@@ -98,6 +101,16 @@ class Unit:
         return find_links(self.joint)
 
     @cached_property
+    def insisted(self) -> Mapping[str, tuple[str, str]]:
+        """Pattern and format of every site that an override is about.
+
+        Raises:
+            PlanError: see ``overrides.resolved``.
+        """
+        kinds = {kind: self.formats_for(kind) for kind in ("contraction", "storage")}
+        return resolved(self.overrides, self.joint.sites, kinds)
+
+    @cached_property
     def problem(self) -> Problem:
         """The decision problem; to be asked for once statistics, vetoes and prices are there."""
         if self.statistics is None:
@@ -108,6 +121,7 @@ class Unit:
             )
             for site in self.joint.sites
         }
+        options |= {site: (fmt,) for site, (_, fmt) in self.insisted.items()}
         prices = Prices(
             self.contraction_prices, self.store_prices, self.cast_prices, self.fixed_seconds
         )
@@ -145,7 +159,8 @@ class Unit:
             self, joint=joint, solution=solution, assignment=dict(solution.assignment),
             journal=self.journal.copy(),
         )  # fmt: skip
-        twin.__dict__.update(links=self.links, problem=self.problem)  # of the graph as captured
+        found = ("links", "problem", "insisted")  # in the graph as captured
+        twin.__dict__.update({name: getattr(self, name) for name in found})
         return twin
 
     def raise_sites(self, factors: Mapping[str, float]) -> None:

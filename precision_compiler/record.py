@@ -15,6 +15,7 @@ from precision_compiler.flags import Flag
 from precision_compiler.formats import format_of_dtype
 from precision_compiler.frontier import FRONTIER_VERSION, Frontier, FrontierPoint
 from precision_compiler.graph import base_name, is_movement, value_of
+from precision_compiler.overrides import OVERRIDE
 from precision_compiler.pipeline import Unit
 from precision_compiler.plan import (
     SCHEMA_VERSION,
@@ -202,7 +203,7 @@ def _site_choice(
         signature=site.signature,
         shape=site.shape,
         format=chosen,
-        reason=why or _reason(site, chosen, options, unit),
+        reason=_override(site, unit) or why or _reason(site, chosen, options, unit),
         seconds=options[chosen].seconds,
         error=max(0.0, variances[site.name]) ** 0.5,
         variance_share=variances[site.name] / total if total else 0.0,
@@ -217,6 +218,11 @@ def _variance_alone(problem: Problem, site: Site, name: str) -> float:
     reads = problem.links.reads_of(site.name)
     arguments = sum(problem.link_variance(link, name) for link in reads)
     return arguments + problem.internal_variance(site.name, name)
+
+
+def _override(site: Site, unit: Unit) -> str | None:
+    pattern = unit.insisted.get(site.name, ("", ""))[0]
+    return f"{OVERRIDE} {pattern!r}" if pattern else None
 
 
 def _reason(site: Site, chosen: str, options: dict[str, Option], unit: Unit) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from precision_compiler.errors import PlanError
 from precision_compiler.formats import Format
 from precision_compiler.links import Link, Links
+from precision_compiler.overrides import OVERRIDE
 from precision_compiler.paper import borrowed
 from precision_compiler.plan import Plan
 from precision_compiler.problem import Prices, Problem, Saved
@@ -115,7 +116,9 @@ def _problem(plan: Plan, tables: Tables) -> Problem:
         tables.fixed_seconds,
     )
     options = {
-        name: tuple(fmt for fmt, option in one.options.items() if option.veto is None)
+        name: (one.format,)
+        if one.reason.startswith(OVERRIDE)
+        else tuple(fmt for fmt, option in one.options.items() if option.veto is None)
         for name, one in plan.sites.items()
     }
     links = Links(contractions, stores, reads, tables.results)

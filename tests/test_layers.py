@@ -51,6 +51,7 @@ LAYERS = (
         "joint",
         "links",
         "noise",
+        "overrides",
         "paper",
         "explain",
         "frontier",
