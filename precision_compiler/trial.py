@@ -34,7 +34,7 @@ def run_trial(
     candidates: Mapping[str, str],
     compiled: Compile,
     machine: Machine,
-) -> Trial:
+) -> Trial | None:
     """Compile a copy of the model for every candidate, and time forward and backward passes.
 
     Args:
@@ -44,12 +44,19 @@ def run_trial(
         candidates: digest of the decisions by label: "fp32", "autocast" and "plan".
         compiled: compiles a module in place for the candidate of a label.
         machine: keeps the times, so that the same steps are not timed twice.
+
+    Returns:
+        None if the model cannot be copied, which copy.deepcopy refuses of some tensors.
     """
     where = hashlib.sha256(layout_key(torch.utils._pytree.tree_leaves(batch)).encode()).hexdigest()
     keys = {label: f"step {digest} {where[:16]}" for label, digest in candidates.items()}
     missing = [label for label in candidates if keys[label] not in machine.cases]
     if missing:
-        steps = {label: _step(compiled(copy.deepcopy(model), label), batch, loss) for label in keys}
+        try:
+            twins = {label: copy.deepcopy(model) for label in keys}
+        except (RuntimeError, TypeError, NotImplementedError):
+            return None
+        steps = {label: _step(compiled(twins.pop(label), label), batch, loss) for label in keys}
         with left_as_it_was(model):
             machine.keep({keys[label]: value for label, value in _alternate(steps).items()})
         del steps

@@ -49,6 +49,8 @@ def test_steps_are_timed_once_and_the_model_stays_as_it_was(tmp_path: Path) -> N
     digests = {"plan": "a", "fp32": "b"}
     first = run_trial(case.model, case.batch, case.loss, digests, compile_it, machine)
     second = run_trial(case.model, case.batch, case.loss, digests, compile_it, machine)
+    assert first is not None
+    assert second is not None
     assert compiled == ["plan", "fp32"]
     assert second.seconds == first.seconds
     assert all(value > 0 for value in first.seconds.values())
@@ -58,6 +60,19 @@ def test_steps_are_timed_once_and_the_model_stays_as_it_was(tmp_path: Path) -> N
     other: Any = gpt(batch=2).batch
     run_trial(case.model, other, case.loss, digests, compile_it, machine)
     assert len(compiled) == 4  # another batch shape is another step
+
+
+def test_a_model_that_cannot_be_copied_is_not_tried(tmp_path: Path) -> None:
+    case = gpt()
+    weight = next(case.model.parameters())
+    case.model.derived = weight * 2  # not a leaf: copy.deepcopy refuses it
+
+    def compile_it(_twin: nn.Module, _label: str) -> nn.Module:
+        raise AssertionError("nothing is compiled")
+
+    machine = machine_in(tmp_path)
+    digests = {"plan": "a"}
+    assert run_trial(case.model, case.batch, case.loss, digests, compile_it, machine) is None
 
 
 seconds = st.floats(1e-3, 10.0)
