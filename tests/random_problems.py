@@ -79,9 +79,10 @@ def table(draw: st.DrawFn, formats: Sequence[str], wide: float = 0.0) -> dict[st
     return {name: draw(seconds) + (wide if name == "fp32" else 0.0) for name in formats}
 
 
-def chosen_options(draw: st.DrawFn, formats: Sequence[str]) -> tuple[str, ...]:
-    """Float32, which nothing vetoes, and up to two others."""
-    return ("fp32", *draw(st.lists(st.sampled_from(formats[1:]), max_size=2, unique=True)))
+def chosen_options(draw: st.DrawFn, formats: Sequence[str], most: int = 3) -> tuple[str, ...]:
+    """Float32, which nothing vetoes, and some others, ``most`` in all."""
+    others = st.lists(st.sampled_from(formats[1:]), max_size=most - 1, unique=True)
+    return ("fp32", *draw(others))
 
 
 def correlations(
@@ -99,12 +100,16 @@ def correlations(
 
 
 @st.composite
-def problems(draw: st.DrawFn, most_stores: int = 3) -> Problem:
-    """Up to three contractions and some stored tensors, linked at random.
+def problems(
+    draw: st.DrawFn, most_stores: int = 3, most_contractions: int = 3, most_options: int = 3
+) -> Problem:
+    """Some contractions and stored tensors, linked at random.
 
     Without stored tensors all contractions read one parameter.
     """
-    contractions = {f"c{i}": contraction(f"c{i}") for i in range(draw(st.integers(1, 3)))}
+    contractions = {
+        f"c{i}": contraction(f"c{i}") for i in range(draw(st.integers(1, most_contractions)))
+    }
     stores = {f"s{i}": storage(f"s{i}") for i in range(draw(st.integers(0, most_stores)))}
     inputs = ["p"]
     reads = tuple(
@@ -124,8 +129,9 @@ def problems(draw: st.DrawFn, most_stores: int = 3) -> Problem:
         for store in free
         if (sources := [other for other in stores if other < store and draw(st.booleans())])
     }
-    options = {name: chosen_options(draw, CONTRACTION_FORMATS) for name in contractions}
-    options |= {name: chosen_options(draw, STORE_FORMATS) for name in stores}
+    most = most_options
+    options = {name: chosen_options(draw, CONTRACTION_FORMATS, most) for name in contractions}
+    options |= {name: chosen_options(draw, STORE_FORMATS, most) for name in stores}
     prices = Prices(
         {name: table(draw, CONTRACTION_FORMATS, 1e-5) for name in contractions},
         {name: table(draw, STORE_FORMATS, 2e-6) for name in stores},
