@@ -1,4 +1,4 @@
-"""Every assignment of a problem at once, in arrays: the rules of time and error written once more."""
+"""Every assignment of a problem at once, in arrays: rules of time and error once more."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,13 +48,12 @@ def every_assignment(problem: Problem) -> Table:
         name: {fmt: number == place for place, fmt in enumerate(formats)}
         for (name, formats), number in zip(problem.options.items(), numbers, strict=True)
     }
-    return Table(
-        chosen, _seconds(problem, chosen), _variance(problem, chosen), _legal(problem, chosen)
-    )
+    seconds, variance = _seconds(problem, chosen), _variance(problem, chosen)
+    return Table(chosen, seconds, variance, _legal(problem, chosen))
 
 
 def _total(table: Mapping[str, Mask], values: Mapping[str, float]) -> np.ndarray:
-    return np.sum([mask * values[fmt] for fmt, mask in table.items()], axis=0)
+    return np.asarray(np.sum([mask * values[fmt] for fmt, mask in table.items()], axis=0))
 
 
 def _stored(chosen: Mapping[str, Mapping[str, Mask]], store: str | None) -> Mapping[str, Mask]:
@@ -88,7 +87,9 @@ def _seconds(problem: Problem, chosen: Mapping[str, Mapping[str, Mask]]) -> np.n
 
 
 def _variance(problem: Problem, chosen: Mapping[str, Mapping[str, Mask]]) -> np.ndarray:
-    links, parts, rounding = problem.links, [], {}
+    links = problem.links
+    parts: list[np.ndarray] = []
+    rounding: dict[tuple[str, int, str], Mask] = {}
     for store in links.stores:
         for fmt, mask in chosen[store].items():
             sources = problem.exact_sources(store)
