@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from calibration import Calibrated
 from llama import Llama, Shape
 from matplotlib.figure import Figure
 from rich.progress import Progress
@@ -40,7 +41,6 @@ from precision_compiler.pipeline import Pipeline, Unit
 from precision_compiler.problem import Problem, fixes_result
 from precision_compiler.record import plan_of_unit
 from precision_compiler.target import Target
-from precision_compiler.trial import Calibrated
 
 POOLS = (("bf16",), ("bf16",), ("fp16",), ("bf16", "fp16"))
 WITHIN = 0.15

@@ -19,7 +19,8 @@ from precision_compiler.explain import Alternative, Explanation, explain
 from precision_compiler.export import export_onnx
 from precision_compiler.flags import Flag
 from precision_compiler.frontier import Frontier, FrontierPoint
-from precision_compiler.plan import MeasuredError, Plan, Verification
+from precision_compiler.outcomes import MeasuredError, Verification
+from precision_compiler.plan import Plan
 from precision_compiler.target import Target
 from precision_compiler.workload import Workload
 

@@ -1,6 +1,7 @@
 """The torch.compile backend "precision", and compiling a module in place."""
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,9 +19,10 @@ from precision_compiler.capture import capture, captured_alone
 from precision_compiler.compiler import Decision, as_target, check_plan, decide, plan_for, rewrite
 from precision_compiler.errors import PlanError, PrecisionError
 from precision_compiler.joint import JointGraph, input_names, trace_joint
+from precision_compiler.outcomes import Trial
 from precision_compiler.passes import EMULATE, REWRITE
 from precision_compiler.pipeline import Pass
-from precision_compiler.plan import Plan, Trial, digest_of
+from precision_compiler.plan import Plan, digest_of
 from precision_compiler.target import Target
 from precision_compiler.toolchain import require_toolchain
 from precision_compiler.trial import run_trial
@@ -110,7 +112,10 @@ class PrecisionBackend:
 def _compile(
     module: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]
 ) -> Callable[..., Any]:
-    return compile_fx(module, list(inputs), config_patches=patches)  # type: ignore[return-value]
+    with warnings.catch_warnings():
+        # Inductor's remark on a fused kernel that reads one tensor in bf16 and another in fp16
+        warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed in the scheduler node")
+        return compile_fx(module, list(inputs), config_patches=patches)  # type: ignore[return-value]
 
 
 def precision(

@@ -14,11 +14,12 @@ from precision_compiler.errors import PlanMismatch
 from precision_compiler.frontier import Frontier
 from precision_compiler.joint import JointGraph
 from precision_compiler.journal import Journal
+from precision_compiler.outcomes import MeasuredError, Trial, Verification
 from precision_compiler.passes import JUDGE, REWRITE
 from precision_compiler.passes.analyse.borrow_statistics import BorrowStatistics
 from precision_compiler.passes.analyse.measure_sensitivity import MeasureSensitivity
 from precision_compiler.pipeline import Pass, Pipeline, Progress, Unit, silent
-from precision_compiler.plan import MeasuredError, Plan, Trial, Verification
+from precision_compiler.plan import Plan
 from precision_compiler.problem import judged
 from precision_compiler.record import frontier_of_unit, plan_of_unit
 from precision_compiler.sites import Site, find_sites, fingerprint
@@ -74,12 +75,8 @@ def make_plan(
     Raises:
         BudgetError, TargetError, CaptureError, AnalysisError: see there; each says what to do.
     """
-    wanted = Budget.parse(budget)
     say = progress or silent
-    say("Load the target")
-    machine = as_target(target)
-    say("Capture the joint forward and backward graph")
-    captured = capture(model, batch, loss)
+    captured, machine, wanted = _opened(model, batch, loss, target, budget, say)
     decision = decide(
         captured,
         machine,
@@ -90,7 +87,7 @@ def make_plan(
         memory=memory,
         most_bytes=inf if activation_memory is None else bytes_of(activation_memory),
         sibling=sibling,
-        overrides=overrides or {},
+        overrides=overrides,
         progress=say,
     )
     return decision.plan(progress=say)
@@ -126,17 +123,11 @@ def make_frontier(
     Raises:
         BudgetError, TargetError, CaptureError, AnalysisError: see there; each says what to do.
     """
-    wanted = Budget.parse(budget)
     say = progress or silent
-    say("Load the target")
-    machine = as_target(target)
-    say("Capture the joint forward and backward graph")
-    captured = capture(model, batch, loss)
-    unit = Unit(
-        captured.joint.copy(), machine, wanted, Journal(), captured,
-        tuple(map(captured.on, calibration)), memory=memory,
-    )  # fmt: skip
-    _decide(unit, sibling, say)
+    captured, machine, wanted = _opened(model, batch, loss, target, budget, say)
+    batches = tuple(map(captured.on, calibration))
+    unit = Unit(captured.joint.copy(), machine, wanted, Journal(), captured, batches, memory=memory)
+    _choose(unit, sibling, say)
     found = frontier(
         unit.problem,
         points,
@@ -246,9 +237,9 @@ def decide(
         learning_rate=learning_rate, memory=memory, most_bytes=most_bytes,
         overrides=overrides or {},
     )  # fmt: skip
-    runs = captured.joint.has_values
-    _decide(unit, sibling, progress)
+    _choose(unit, sibling, progress)
     batch, is_new = (captured, False) if held_out is None else (held_out, True)
+    runs = captured.joint.has_values
     verification = verify_plan(unit, batch, is_new, progress) if runs else None
     return Decision(unit, captured, verification)
 
@@ -265,7 +256,23 @@ def plan_for(
     return decide(captured, target, budget, held_out=held_out, sibling=sibling).plan()
 
 
-def _decide(unit: Unit, sibling: Plan | None, progress: Progress) -> None:
+def _opened(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss | None,
+    target: str | Target,
+    budget: float | str,
+    progress: Progress,
+) -> tuple[Captured, Target, Budget]:
+    """What all planning begins with; a wrong budget or target is told before the capture."""
+    wanted = Budget.parse(budget)
+    progress("Load the target")
+    machine = as_target(target)
+    progress("Capture the joint forward and backward graph")
+    return capture(model, batch, loss), machine, wanted
+
+
+def _choose(unit: Unit, sibling: Plan | None, progress: Progress) -> None:
     """Analyse the graph, or borrow what cannot be measured, and choose formats."""
     borrows = sibling is not None or not unit.joint.has_values
     analyse = BorrowStatistics(sibling) if borrows else MeasureSensitivity()

@@ -128,7 +128,8 @@ def _binding(plan: Plan, problem: Problem, site: str, choice: SiteChoice) -> tup
             f"with any error allowed it would be {free}, but the budget of "
             f"{plan.budget.limit:.2g} ({plan.budget.bound_by}) is spent better elsewhere"
         )
-    open_ones = " and ".join(fmt for fmt in faster if fmt not in ruled_out)
+    open_ones = [fmt for fmt in faster if fmt not in ruled_out]
+    each = "by themselves, but cost" if len(open_ones) > 1 else "by itself, but costs"
     return "casts", (
-        f"{open_ones} would be faster by itself, but costs more in casts and neighbouring formats"
+        f"{' and '.join(open_ones)} would be faster {each} more in casts and neighbouring formats"
     )

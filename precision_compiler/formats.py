@@ -27,6 +27,7 @@ __all__ = [
     "power_of_two",
     "predicted_sqnr",
     "quantised",
+    "relative_variance",
     "round_stochastically",
     "round_to",
     "rounding_variance",
@@ -131,13 +132,21 @@ def rounding_variance(exponents: np.ndarray, fmt: Format, scale_exponent: int = 
     return np.asarray(np.where(flushed, flush, rounding) * np.exp2(-2.0 * scale_exponent))
 
 
+def relative_variance(fmt: Format) -> float:
+    """Mean square rounding error over mean square of numbers in the format's normal range.
+
+    ``0.18 * 4^-p`` for ``p`` significant bits: the mean of ``ulp(x)^2 / (12 x^2)`` over mantissas
+    that are uniform in the logarithm is ``(4 / 12) * 3 / (8 ln 2) * 4^-p`` (Widrow and Kollar's
+    pseudo quantisation noise has the same 0.180).
+    """
+    return 4 / 12 * 3 / (8 * log(2)) * 4.0**-fmt.precision
+
+
 def predicted_sqnr(fmt: Format) -> float:
     """Signal to rounding noise, in dB, of numbers that all are in the format's normal range.
 
-    ``6.02 p + 7.45`` for ``p`` significant bits: the mean of ``ulp(x)^2 / (12 x^2)`` over
-    mantissas that are uniform in the logarithm is ``(4 / 12) * 3 / (8 ln 2) * 4^-p`` (Widrow and
-    Kollar's pseudo quantisation noise has the same 0.180). It holds for block formats as well, as
-    long as almost no number of a block is below the normal range of its elements.
+    ``6.02 p + 7.45`` for ``p`` significant bits, see ``relative_variance``. It holds for block
+    formats as well, as long as almost no number of a block is below the normal range of its
+    elements.
     """
-    relative = 4 / 12 * 3 / (8 * log(2)) * 4.0**-fmt.precision
-    return -10 * log10(relative)
+    return -10 * log10(relative_variance(fmt))

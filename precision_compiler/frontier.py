@@ -3,13 +3,12 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from precision_compiler.budget import Budget
 from precision_compiler.errors import PlanError
-from precision_compiler.files import write_atomically
+from precision_compiler.files import read_record, write_record
 from precision_compiler.journal import STRICT
 
 FRONTIER_VERSION = 1
@@ -82,10 +81,9 @@ class Frontier:
         Raises:
             PlanError: the file cannot be read, or holds no valid frontier.
         """
+        text = read_record(path, "frontier")
         try:
-            return _ADAPTER.validate_json(Path(path).read_bytes(), strict=False)
-        except OSError as error:
-            raise PlanError(f"cannot read the frontier {path}: {error.strerror}") from error
+            return _ADAPTER.validate_json(text, strict=False)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
@@ -97,10 +95,7 @@ class Frontier:
         Raises:
             PlanError: the file cannot be written.
         """
-        try:
-            write_atomically(Path(path), self.to_json())
-        except OSError as error:
-            raise PlanError(f"cannot write the frontier {path}: {error.strerror}") from error
+        write_record(path, self.to_json(), "frontier")
 
 
 _ADAPTER: TypeAdapter[Frontier] = TypeAdapter(Frontier)

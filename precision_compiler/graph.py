@@ -180,6 +180,11 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
     return twin
 
 
+def is_backward(node: fx.Node) -> bool:
+    """Whether autograd made a node for the backward pass, as the capture has marked it."""
+    return bool(node.meta.get("partitioner_tag") == "is_backward")
+
+
 def contraction_depths(graph: fx.Graph) -> dict[fx.Node, int]:
     """For every node, the largest number of contractions on a path that ends before or at it.
 

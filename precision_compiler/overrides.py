@@ -4,9 +4,9 @@ import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from pathlib import Path
 
 from precision_compiler.errors import PlanError
+from precision_compiler.files import read_record
 from precision_compiler.formats import CHOICES
 from precision_compiler.sites import Site, matching
 
@@ -24,9 +24,7 @@ def read_overrides(path: str | os.PathLike[str]) -> dict[str, str]:
         PlanError: the file cannot be read, or holds anything else.
     """
     try:
-        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(f"cannot read the overrides {path}: {error.strerror}") from error
+        found = tomllib.loads(read_record(path, "overrides").decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PlanError(f"overrides {path} are not valid TOML: {error}") from error
     for pattern, value in found.items():
@@ -58,7 +56,7 @@ def resolved(
         names = matching(pattern, known)
         if not names:
             near = get_close_matches(pattern.replace("*", ""), known, n=3, cutoff=0.3)
-            guess = f"; the nearest are {', '.join(near)}" if near else ""
+            guess = f"; did you mean {' or '.join(near)}?" if near else ""
             raise PlanError(f"override {pattern!r} matches no site{guess}")
         for name in names:
             if fmt not in formats[known[name].kind]:

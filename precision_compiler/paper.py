@@ -7,20 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from precision_compiler.formats import CHOICES, Format
+from precision_compiler.formats import CHOICES, Format, relative_variance
 from precision_compiler.plan import Plan, SiteChoice
 from precision_compiler.sites import Site
-from precision_compiler.statistics import METRICS, Sensitivity
-
-_BINADES = 255
-_LOG_UNIFORM = 0.1803
-"""Mean square rounding error over mean square, times ``4^p``: log-uniform significands."""
+from precision_compiler.statistics import Sensitivity, unweighted
 
 
 def has_no_weights(model: nn.Module) -> bool:
@@ -74,7 +69,7 @@ class Borrowed(Sensitivity):
 
 def borrowed(variances: Mapping[str, float]) -> Borrowed:
     """A borrowed sensitivity of a tensor of which no values are known."""
-    return Borrowed(np.zeros((len(METRICS), _BINADES)), 0.0, variances=variances)
+    return Borrowed(unweighted(), 0.0, variances=variances)
 
 
 @dataclass(frozen=True)
@@ -100,10 +95,11 @@ def lend(sites: Sequence[Site], formats: Iterable[str], sibling: Plan | None) ->
     2. A gradient's squared norm is spread over the layers, and so is what rounding adds to it:
        variances are divided by how many times deeper the stack is here.
     3. What the sibling lacks gets the closed form: each of a contraction's two operands, or a
-       stored tensor, errs by ``.18 * 4^-p`` of its mean square (p significant bits), and that
-       reaches the layer's own share of the gradient undiminished.
+       stored tensor, errs as numbers of all sizes do (``relative_variance``), and that reaches the
+       layer's own share of the gradient undiminished.
     """
     here = _stacks(site.name for site in sites)
+    depth = {name: place for stack in here.values() for place, name in enumerate(stack)}
     there = _stacks(sibling.sites) if sibling is not None else {}
     found: dict[str, Loan] = {}
     for site in sites:
@@ -112,7 +108,7 @@ def lend(sites: Sequence[Site], formats: Iterable[str], sibling: Plan | None) ->
         if sibling is None or not lenders:
             found[site.name] = _from_formats(site, formats, len(stack))
             continue
-        lender = lenders[_same_depth(stack.index(site.name), len(stack), len(lenders))]
+        lender = lenders[_same_depth(depth[site.name], len(stack), len(lenders))]
         share = len(lenders) / len(stack)
         found[site.name] = _from_site(lender, sibling.sites[lender], share)
     return found
@@ -121,7 +117,7 @@ def lend(sites: Sequence[Site], formats: Iterable[str], sibling: Plan | None) ->
 def _from_formats(site: Site, formats: Iterable[str], layers: int) -> Loan:
     operands = 2 if site.kind == "contraction" else 1
     variances = {
-        name: operands * _LOG_UNIFORM * 4.0 ** -CHOICES[name].precision / layers
+        name: operands * relative_variance(CHOICES[name]) / layers
         for name in formats
         if name != "fp32"
     }

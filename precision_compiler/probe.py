@@ -18,6 +18,7 @@ from precision_compiler.accumulation import (
     same_sign_terms,
 )
 from precision_compiler.attention import substitutes
+from precision_compiler.exactness import cone_of, is_exact
 from precision_compiler.facts import facts_of
 from precision_compiler.formats import Format, quantised
 from precision_compiler.graph import (
@@ -29,28 +30,27 @@ from precision_compiler.graph import (
     is_movement,
 )
 from precision_compiler.links import Links
+from precision_compiler.observation import (
+    GLANCE,
+    Observation,
+    binades,
+    binned,
+    insensitive,
+    sampled,
+)
 from precision_compiler.replay import execute
 from precision_compiler.statistics import (
-    GLANCE,
     METRICS,
     Accumulated,
     Correlation,
     Edge,
-    Observation,
     Sensitivity,
     Statistics,
     TensorGradient,
-    binades,
-    binned,
-    sampled,
+    unweighted,
 )
 from precision_compiler.tape import Chunk, Values
 
-_BINADES = 255
-_LONGEST_CONE = 12  # fused operations; what computes more than this does not just move bits
-_LOOKED_UP, _FEW = 256, 4  # elements looked up to tell whether bits were only moved
-_SIGNIFICANDS, _PART = 1 << 23, 1 << 18
-_BELOW_BF16 = 0xFFFF  # the bits of a float32 significand that bf16 does not have
 _SUMS = ("sum", "mean", "var_mean")
 
 _Place = fx.Node | tuple[str, int]
@@ -85,15 +85,6 @@ class _Summed:
     rows: torch.Tensor
     variances: Mapping[str, torch.Tensor]
     terms: float
-
-
-@dataclass(frozen=True)
-class _Range:
-    """What a forward run shows of a tensor."""
-
-    amax: float
-    count: np.ndarray
-    size: int
 
 
 class Probe:
@@ -136,11 +127,11 @@ class Probe:
             assert isinstance(argument, fx.Node)
             chain = _chain(argument, nodes[link.source])
             self._readings.setdefault(site, {})[link.argument] = chain
-        self._cones = {node: cone for node in self._stored if (cone := self._cone(node))}
+        self._cones = {node: cone for node in self._stored if (cone := cone_of(node, self._stored))}
         self._formulas = substitutes()
         self._watched: dict[_Place, _Watched] = {}
         self._constants: list[torch.Tensor] = []
-        self._seen: dict[_Place, _Range] = {}
+        self._seen: dict[_Place, Sensitivity] = {}
         self.stores: dict[str, Sensitivity] = {}
         self.operands: dict[Edge, Sensitivity] = {}
         self.internals: dict[tuple[str, int], Sensitivity] = {}
@@ -201,13 +192,13 @@ class Probe:
         for node in list(self._watched):
             self._settle(node)
         for node, name in self._stored.items():
-            self.stores.setdefault(name, _silent(self._seen[node]))
+            self.stores.setdefault(name, self._seen[node])
         for site, readings in self._readings.items():
             for index, chain in readings.items():
                 edge = self._sites[site], index
                 if edge not in self.operands:
                     seen = self._seen.get(chain[0])
-                    self.operands[edge] = _silent(seen or _Range(0.0, np.zeros(_BINADES), 0))
+                    self.operands[edge] = seen or Sensitivity(unweighted(), 0.0)
 
     def statistics(
         self, norm: float, loss: float, tensors: tuple[TensorGradient, ...]
@@ -239,7 +230,7 @@ class Probe:
             root, *views = chain
             value = values(root)
             if root not in self._seen:
-                self._seen[root] = _range_of(value)
+                self._seen[root] = insensitive(value, GLANCE)
             if (site, index) not in self._block_errors and is_matrix_product(node):
                 self._block_errors[site, index] = self._in_blocks(node, index, chain, values)
             if not torch.is_grad_enabled():
@@ -270,8 +261,8 @@ class Probe:
     def _tap_inside(self, site: str, counter: Iterator[int], value: torch.Tensor) -> torch.Tensor:
         place = site, next(counter)
         if place not in self._seen:
-            self._seen[place] = seen = _range_of(value)
-            self.internals[place] = _silent(seen)
+            self._seen[place] = seen = insensitive(value, GLANCE)
+            self.internals[place] = seen
         if not torch.is_grad_enabled():
             return value
         edge = value.view_as(value)
@@ -336,34 +327,17 @@ class Probe:
         """What the first run shows: ranges, sums of one sign, exact roundings."""
         if not is_float32(node) or not isinstance(value, torch.Tensor) or is_movement(node):
             return
-        self._seen[node] = seen = _range_of(value)
+        self._seen[node] = seen = insensitive(value, GLANCE)
         facts = facts_of(node)
         if facts is not None and node not in self._stored:
-            self.ranges[facts.name] = _silent(seen)
+            self.ranges[facts.name] = seen
         if facts is not None and base_name(node.target) in _SUMS:
             ratio = _same_sign(args[0], value)
             if ratio is not None:
                 self.sums[facts.name] = ratio
         sources = self._cones.get(node, ())
-        if sources and _is_exact(value, [values(source) for source in sources]):
+        if sources and is_exact(value, [values(source) for source in sources]):
             self.exact[self._stored[node]] = tuple(self._stored[source] for source in sources)
-
-    def _cone(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        """The stored tensors that fused operations compute a stored one from."""
-        if not _is_fused(node):
-            return ()
-        stored: dict[fx.Node, None] = {}
-        seen, waiting = {node}, [node]
-        while waiting:
-            for source in waiting.pop().all_input_nodes:
-                if source in self._stored:
-                    stored[source] = None
-                elif source not in seen and (is_movement(source) or _is_fused(source)):
-                    seen.add(source)
-                    waiting.append(source)
-            if len(seen) > _LONGEST_CONE:
-                return ()
-        return tuple(stored)
 
 
 def _chain(argument: fx.Node, root: fx.Node) -> list[fx.Node]:
@@ -393,63 +367,13 @@ def _shown(
     return found
 
 
-def _is_fused(node: fx.Node) -> bool:
-    """Whether a node's elements may be those of its arguments, moved or changed one by one."""
-    if node.op != "call_function" or contraction_rule(node) is not None:
-        return False
-    tags = getattr(node.target, "tags", ())
-    return not {torch.Tag.reduction, torch.Tag.nondeterministic_seeded} & set(tags)
-
-
-def _is_exact(result: torch.Tensor, sources: Sequence[torch.Tensor]) -> bool:
-    """Whether a tensor's elements have the significant bits of elements of the sources.
-
-    Then they were moved, negated, selected or scaled by powers of two, and rounding the sources
-    rounds them. Numbers that bf16 has, such as those of masks, are on every grid. Looked up for a
-    few elements first, since most tensors fail there; any operation that computes gives new bits.
-    """
-    row = _significands(sampled(result, _LOOKED_UP))
-    row = row[row.bitwise_and(_BELOW_BF16) != 0]
-    if not len(row):
-        return True
-    for bits in row[:: -(-len(row) // _FEW)]:
-        if not any(bool((part == bits).any()) for source in sources for part in _parts(source)):
-            return False
-    sought = torch.zeros(_SIGNIFICANDS, dtype=torch.bool, device=row.device)
-    sought[row] = True
-    for source in sources:
-        for part in _parts(source):
-            sought[part] = False
-    return not bool(sought[row].any())
-
-
-def _parts(source: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The significands of a tensor, some at a time: whole copies of it would be slow to make."""
-    for part in torch.split(source.detach().reshape(-1), _PART):
-        yield _significands(part)
-
-
-def _significands(row: torch.Tensor) -> torch.Tensor:
-    return row.view(torch.int32).bitwise_and(_SIGNIFICANDS - 1)
-
-
-def _range_of(value: torch.Tensor) -> _Range:
-    seen = Observation(value, most=GLANCE)
-    return _Range(seen.amax, seen.count, seen.size)
-
-
-def _silent(seen: _Range) -> Sensitivity:
-    empty = np.zeros((len(METRICS), _BINADES))
-    return Sensitivity(empty, seen.amax, seen.count, seen.size)
-
-
 def _sensitivity(
     observed: Observation,
     seen: _Watched,
     key: str | Edge,
     errors: Mapping[str, torch.Tensor],
 ) -> Sensitivity:
-    weight = np.zeros((len(METRICS), _BINADES))
+    weight = unweighted()
     row = seen.gradient.get(key)
     measured: Mapping[str, Any] = {}
     if row is not None:

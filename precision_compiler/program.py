@@ -1,8 +1,9 @@
 """The mixed-integer program of a decision problem, and HiGHS on it."""
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from math import isfinite
+from operator import eq
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
@@ -251,9 +252,7 @@ class Program:
             for fmt in problem.options.get(store, ()):
                 noise = problem.store_variance(store, fmt)
                 for source in problem.exact_sources(store) if noise > 0 else ():
-                    exact = self._stored(
-                        source, lambda kept, fmt=fmt: not problem.rounds_again(kept, fmt)
-                    )
+                    exact = self._exact(source, fmt)
                     if exact is not None:
                         rounding = self._column(("round", store, "", fmt), 0.0, noise, False)
                         own = self.columns["site", store, fmt]
@@ -283,7 +282,7 @@ class Program:
         self.relieved[column] = 1.0
         own = self.columns["site", link.contraction, fmt]
         self._row({column: -1.0, own: 1.0}, 0.0)
-        for stored in self._exact(link, fmt) or ():
+        for stored in self._exact(link.store, fmt) or ():
             self._row({column: -1.0, stored: -1.0}, -1.0)
 
     def _reads(self) -> None:
@@ -292,24 +291,23 @@ class Program:
             for fmt in problem.options[link.contraction]:
                 own = self.columns["site", link.contraction, fmt]
                 entry = entry_format(argument_format(link, fmt))
-                stored = self._stored(link.store, lambda kept, entry=entry: kept == entry)
+                stored = self._stored(link.store, partial(eq, entry))
                 if stored is not None:
                     price = problem.prices.casts[link.source][entry]
                     copy = self._column(("copy", link.source, entry), price, 0.0, False)
                     self._row({copy: 1.0, own: -1.0, **dict.fromkeys(stored, 1.0)}, 0.0)
-                exact = self._exact(link, fmt)
+                exact = self._exact(link.store, fmt)
                 noise = problem.link_variance(link, fmt)
                 if exact is not None and noise > 0:
                     rounding = self._column(_rounding(link, fmt), 0.0, noise, False)
                     self._row({rounding: 1.0, own: -1.0, **dict.fromkeys(exact, 1.0)}, 0.0)
 
-    def _exact(self, link: Link, fmt: str) -> Sequence[int] | None:
+    def _exact(self, store: str | None, fmt: str) -> Sequence[int] | None:
         """Storage formats from which a reading rounds nothing; None if that is all of them."""
-        return self._stored(link.store, lambda kept: not self.problem.rounds_again(kept, fmt))
+        return self._stored(store, lambda kept: not self.problem.rounds_again(kept, fmt))
 
-    def _stored(self, store: str | None, wanted: object) -> Sequence[int] | None:
+    def _stored(self, store: str | None, wanted: Callable[[str], bool]) -> Sequence[int] | None:
         """Columns of the storage formats that satisfy ``wanted``; None if all possible ones do."""
-        assert callable(wanted)
         if store is None:
             return None if wanted("fp32") else []
         formats = self.problem.options[store]

@@ -15,18 +15,10 @@ from precision_compiler.flags import Flag
 from precision_compiler.formats import format_of_dtype
 from precision_compiler.frontier import FRONTIER_VERSION, Frontier, FrontierPoint
 from precision_compiler.graph import base_name, is_movement, value_of
+from precision_compiler.outcomes import Totals, Trial, Verification
 from precision_compiler.overrides import OVERRIDE
 from precision_compiler.pipeline import Unit
-from precision_compiler.plan import (
-    SCHEMA_VERSION,
-    NodeChoice,
-    Option,
-    Plan,
-    SiteChoice,
-    Totals,
-    Trial,
-    Verification,
-)
+from precision_compiler.plan import SCHEMA_VERSION, NodeChoice, Option, Plan, SiteChoice
 from precision_compiler.problem import Problem, Solution, fixes_result
 from precision_compiler.sites import Site, fingerprint
 from precision_compiler.statistics import METRICS

@@ -26,6 +26,7 @@ from precision_compiler.graph import (
     base_name,
     contraction_depths,
     contraction_rule,
+    is_backward,
     is_float32,
     is_movement,
     reached_from,
@@ -131,7 +132,7 @@ def name_nodes(graph: fx.Graph, provenance: Provenance) -> None:
             stem, suffix = roles[node]
             set_facts(node, NodeFacts(_free_name(stem, ".", suffix, taken)))
         else:
-            suffix = ".grad" if _is_backward(node) else ""
+            suffix = ".grad" if is_backward(node) else ""
             set_facts(node, NodeFacts(_free_name(_operation_path(node), "_", suffix, taken)))
 
 
@@ -206,10 +207,6 @@ def _name_of(node: object) -> str:
     if facts is None:
         raise InternalError(f"node {node} is read before it has a name")
     return facts.name
-
-
-def _is_backward(node: fx.Node) -> bool:
-    return node.meta.get("partitioner_tag") == "is_backward"
 
 
 def _operation_path(node: fx.Node) -> str:
@@ -296,7 +293,7 @@ def _is_storage_site(node: fx.Node, saved: frozenset[str], depths: Mapping[fx.No
     uses = [user for user, _ in uses_past_movement(node)]
     if any(contraction_rule(user) for user in uses):
         return True
-    onward = [user for user in uses if _is_backward(user) == _is_backward(node)]
+    onward = [user for user in uses if is_backward(user) == is_backward(node)]
     if any(depths[user] > depths[node] for user in onward):
         return True
     return any(seen.name in saved for seen in with_movement(node))

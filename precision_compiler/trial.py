@@ -5,8 +5,8 @@ import gc
 import hashlib
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from precision_compiler.calling import Loss, call_model, left_as_it_was, loss_of
 from precision_compiler.measure import Machine, layout_key
-from precision_compiler.plan import Trial
+from precision_compiler.outcomes import Trial
 
 MARGIN = 0.02
 """Share by which another assignment must be faster to replace the solver's: below is noise."""
@@ -46,7 +46,7 @@ def run_trial(
         machine: keeps the times, so that the same steps are not timed twice.
 
     Returns:
-        None if the model cannot be copied, which copy.deepcopy refuses of some tensors.
+        None, with a warning, if the model cannot be copied: copy.deepcopy refuses some tensors.
     """
     where = hashlib.sha256(layout_key(torch.utils._pytree.tree_leaves(batch)).encode()).hexdigest()
     keys = {label: f"step {digest} {where[:16]}" for label, digest in candidates.items()}
@@ -54,7 +54,12 @@ def run_trial(
     if missing:
         try:
             twins = {label: copy.deepcopy(model) for label in keys}
-        except (RuntimeError, TypeError, NotImplementedError):
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            warnings.warn(
+                f"the plan is not timed against float32 and autocast, since the model cannot be "
+                f"copied: {error}; compile(..., trial=False) says that this is meant",
+                stacklevel=2,
+            )
             return None
         steps = {label: _step(compiled(twins.pop(label), label), batch, loss) for label in keys}
         with left_as_it_was(model):
@@ -62,17 +67,17 @@ def run_trial(
         del steps
         gc.collect()
     seconds = {label: machine.cases[key] for label, key in keys.items()}
-    return judged(seconds, bool(missing))
+    return verdict(seconds, bool(missing))
 
 
-def judged(seconds: Mapping[str, float], now: bool = True) -> Trial:
+def verdict(seconds: Mapping[str, float], now: bool = True) -> Trial:
     """The winner of measured steps, with a sentence on it."""
     fastest = cast(Label, min(seconds, key=lambda label: seconds[label]))
     winner: Label = fastest if seconds[fastest] < (1 - MARGIN) * seconds["plan"] else "plan"
     times = ", ".join(f"{label} {1e3 * value:.1f} ms" for label, value in seconds.items())
     names = {"plan": "the solver's formats", "fp32": "float32", "autocast": "autocast's formats"}
     if winner == "plan":
-        why = "are kept: nothing else was faster by more than 2 %"
+        why = f"are kept: nothing else was faster by more than {MARGIN:.0%}"
     else:
         slower = seconds["plan"] / seconds[winner] - 1
         why = f"{'is' if winner == 'fp32' else 'are'} kept: the solver's took {slower:.0%} longer"
@@ -103,35 +108,3 @@ def _alternate(steps: Mapping[str, Callable[[], None]]) -> dict[str, float]:
             step()
             times[label].append(time.perf_counter() - start)
     return {label: statistics.median(found) for label, found in times.items()}
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """Predicted times, corrected by two steps that were measured.
-
-    Prices add up operations timed one by one, in caches of their own and on a machine that may
-    have been busier then; generated kernels are known by their traffic alone. One rate and one
-    fixed time make the predictions of the float32 step and of autocast's come out as measured.
-
-    Attributes:
-        rate: measured over predicted time of what formats change.
-        fixed: seconds that no prediction has.
-    """
-
-    rate: float
-    fixed: float
-
-    @staticmethod
-    def of(predicted: tuple[float, float], measured: tuple[float, float]) -> "Calibrated":
-        """From predicted and measured seconds of two steps, the slower one first."""
-        (slow, fast), (long, short) = predicted, measured
-        if slow <= fast or long <= short:
-            return Calibrated(1.0, max(0.0, long - slow))
-        rate = (long - short) / (slow - fast)
-        if long < rate * slow:  # a negative fixed time: the rate alone has to do
-            return Calibrated(long / slow, 0.0)
-        return Calibrated(rate, long - rate * slow)
-
-    def seconds(self, predicted: float) -> float:
-        """The corrected time of a step that is predicted to take so many seconds."""
-        return self.fixed + self.rate * predicted

@@ -5,14 +5,8 @@ from dataclasses import replace
 from precision_compiler.budget import Budget
 from precision_compiler.flags import Flag
 from precision_compiler.journal import JournalEntry
-from precision_compiler.plan import (
-    SCHEMA_VERSION,
-    NodeChoice,
-    Option,
-    Plan,
-    SiteChoice,
-    Totals,
-)
+from precision_compiler.outcomes import Totals
+from precision_compiler.plan import SCHEMA_VERSION, NodeChoice, Option, Plan, SiteChoice
 
 MODULES = ("attn.qkv", "attn.sdpa", "attn.out", "fc", "proj")
 ROLES = ("fprop", "dgrad", "wgrad")

@@ -6,16 +6,8 @@ from precision_compiler.budget import Budget
 from precision_compiler.flags import FLAGS, Flag
 from precision_compiler.formats import FORMATS
 from precision_compiler.journal import JournalEntry
-from precision_compiler.plan import (
-    SCHEMA_VERSION,
-    MeasuredError,
-    NodeChoice,
-    Option,
-    Plan,
-    SiteChoice,
-    Totals,
-    Verification,
-)
+from precision_compiler.outcomes import MeasuredError, Totals, Verification
+from precision_compiler.plan import SCHEMA_VERSION, NodeChoice, Option, Plan, SiteChoice
 
 words = st.text(max_size=12)
 amounts = st.floats(0, allow_nan=False, allow_infinity=False)

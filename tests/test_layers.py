@@ -28,6 +28,8 @@ LAYERS = (
         "journal",
         "limited",
         "measure",
+        "observation",
+        "outcomes",
         "rounding",
         "scaled",
         "scales",
@@ -42,11 +44,13 @@ LAYERS = (
     },
     {
         "accumulation",
+        "arithmetic",
         "attention",
         "calling",
         "capture",
         "composed",
         "emulation",
+        "exactness",
         "graph",
         "joint",
         "links",
@@ -146,8 +150,10 @@ def test_reports_read_plans_and_targets_and_run_nothing() -> None:
         "formats",
         "frontier",
         "journal",
+        "outcomes",
         "plan",
         "report",
+        "sizes",
         "target",
     }
     for name, path in MODULES.items():

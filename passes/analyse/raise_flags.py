@@ -8,8 +8,9 @@ from typing import ClassVar
 from precision_compiler.errors import InternalError
 from precision_compiler.flags import Flag
 from precision_compiler.formats import CHOICES, Format
+from precision_compiler.observation import update_loss
 from precision_compiler.pipeline import Numerics, Unit
-from precision_compiler.statistics import Sensitivity, Statistics, update_loss
+from precision_compiler.statistics import Sensitivity, Statistics
 
 _INTO_NORMAL_RANGE = 256  # binades that lift every float32 number above any format's smallest
 _ALWAYS = ("fp32", "tf32", "bf16", "fp16", "e4m3", "e5m2")  # checked even if no target has them

@@ -9,7 +9,13 @@ import torch
 from torch import fx
 
 from precision_compiler.fusion import Kernel, kernels_of
-from precision_compiler.graph import contraction_depths, contraction_rule, is_movement, root_of
+from precision_compiler.graph import (
+    contraction_depths,
+    contraction_rule,
+    is_backward,
+    is_movement,
+    root_of,
+)
 from precision_compiler.pipeline import Numerics, Unit
 
 
@@ -34,13 +40,14 @@ class FindKernels:
     def run(self, unit: Unit) -> bool:
         """Fill ``unit.kernels``."""
         joint = unit.joint
-        if unit.target.machine is not None and joint.parts:
+        asked = unit.target.machine is not None and bool(joint.parts)
+        if asked:
             parts = (kernels_of(part, inference=joint.inference) for part in joint.parts)
             unit.kernels = tuple(kernel for part in parts for kernel in part)
         else:
             unit.kernels = tuple(expected_kernels(joint.module.graph, joint.saved))
         generated = sum(kernel.generated for kernel in unit.kernels)
-        how = "Inductor's scheduler" if unit.target.machine is not None else "contraction depths"
+        how = "Inductor's scheduler" if asked else "contraction depths"
         unit.journal.note(self.name, f"{generated} fused kernels, by {how}")
         return False
 
@@ -51,7 +58,7 @@ def expected_kernels(graph: fx.Graph, saved: frozenset[str]) -> Iterator[Kernel]
     groups: dict[tuple[bool, int], list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         if is_fused(node):
-            groups[_is_backward(node), depths[node]].append(node)
+            groups[is_backward(node), depths[node]].append(node)
     for (backward, _), nodes in groups.items():
         group = set(nodes)
         read: dict[str, None] = {}
@@ -71,17 +78,13 @@ def is_fused(node: fx.Node) -> bool:
     return torch.Tag.pointwise in tags or torch.Tag.reduction in tags
 
 
-def _is_backward(node: fx.Node) -> bool:
-    return node.meta.get("partitioner_tag") == "is_backward"
-
-
 def _in_memory(
     source: fx.Node, group: set[fx.Node], backward: bool, saved: frozenset[str]
 ) -> Iterator[str]:
     """The tensors in memory that a kernel reads for ``source``."""
     if source in group:
         return
-    recomputed = backward and not _is_backward(source) and source.name not in saved
+    recomputed = backward and not is_backward(source) and source.name not in saved
     if recomputed and is_fused(source):
         for parent in source.all_input_nodes:
             yield from _in_memory(root_of(parent), group, backward, saved)
@@ -97,6 +100,6 @@ def _outlives(node: fx.Node, group: set[fx.Node], backward: bool, saved: frozens
     for user in waiting:
         if is_movement(user):
             waiting.extend(user.users)
-        elif user.op == "output" or (user not in group and _is_backward(user) == backward):
+        elif user.op == "output" or (user not in group and is_backward(user) == backward):
             return True
     return False

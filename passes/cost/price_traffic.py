@@ -1,16 +1,14 @@
 """See PriceTraffic."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
 from math import prod
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
+from precision_compiler.arithmetic import arithmetic_seconds
 from precision_compiler.formats import CHOICES
 from precision_compiler.fusion import Kernel
 from precision_compiler.graph import (
@@ -20,12 +18,9 @@ from precision_compiler.graph import (
     shape_of,
     value_of,
 )
-from precision_compiler.measure import Machine, layout_key
 from precision_compiler.passes.cost.find_kernels import is_fused
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.target import Target
-
-_FEW, _MANY = 1 << 13, 1 << 16  # elements of tensors in cache: their difference has no overhead
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,10 @@ class PriceTraffic:
         )
         unit.fixed_seconds += len(fused) * unit.target.launch_seconds
         if unit.target.machine is not None:
-            unit.fixed_seconds += _arithmetic(fused, nodes, unit.target.machine)
+            known = (nodes[name] for kernel in fused for name in kernel.nodes if name in nodes)
+            unit.fixed_seconds += arithmetic_seconds(
+                [*filter(is_fused, known)], unit.target.machine
+            )
         return False
 
 
@@ -157,81 +155,3 @@ def _layouts(unit: Unit, nodes: Mapping[str, fx.Node]) -> dict[str, int]:
         if value is not None and link.argument in rule.operands:
             wanted[link.source].add(value.stride(summed) == 1)
     return {source: len(ways) for source, ways in wanted.items()}
-
-
-def _arithmetic(kernels: Iterable[Kernel], nodes: Mapping[str, fx.Node], machine: Machine) -> float:
-    """Seconds of the kernels' arithmetic: per operation, beyond what its operands take anyway."""
-    known = (nodes[name] for kernel in kernels for name in kernel.nodes if name in nodes)
-    computed = [node for node in known if is_fused(node)]
-    trivial = [_key_and_call(target, arguments) for target, arguments in _TRIVIAL]
-    own = {node: _key_and_call(*_operation(node)) for node in computed}
-    cases = {
-        f"{key} x {size}": partial(call, size)
-        for key, call in (*trivial, *own.values())
-        for size in (_FEW, _MANY)
-    }
-    seconds = machine.seconds(cases)
-
-    def per_element(key: str) -> float:
-        return (seconds[f"{key} x {_MANY}"] - seconds[f"{key} x {_FEW}"]) / (_MANY - _FEW)
-
-    least = [per_element(key) for key, _ in trivial]
-
-    def beyond(node: fx.Node) -> float:
-        operands = sum(bool(shape_of(source)) for source in node.all_input_nodes)
-        return max(0.0, per_element(own[node][0]) - least[min(max(operands, 1), len(least)) - 1])
-
-    return sum(beyond(node) * _elements(node) for node in computed)
-
-
-def _elements(node: fx.Node) -> int:
-    """Elements that an operation works through: of its result, or of what it reduces."""
-    return max([prod(shape_of(node)), *(prod(shape_of(s)) for s in node.all_input_nodes)])
-
-
-def _operation(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """What a node computes, with an empty tensor for every one that is no single number."""
-    if torch.Tag.reduction in getattr(node.target, "tags", ()):
-        return torch.sum, (torch.empty(0),)
-
-    def kind(argument: fx.Node) -> Any:
-        value = value_of(argument)
-        if value is None:
-            return argument.meta["val"]
-        return torch.ones(() if value.dim() == 0 else 0, dtype=value.dtype)
-
-    assert callable(node.target)
-    kwargs = fx.node.map_arg(node.kwargs, kind)
-    return partial(node.target, **kwargs), fx.node.map_arg(node.args, kind)
-
-
-def _key_and_call(
-    target: Callable[..., Any], arguments: tuple[Any, ...]
-) -> tuple[str, Callable[[int], Any]]:
-    """Text that identifies an operation in cache, and what runs it on so many elements."""
-
-    def run(size: int) -> Any:
-        return target(*pytree.tree_map(partial(_filled, size), arguments))
-
-    return (
-        f"{getattr(target, 'func', target)} {layout_key(pytree.tree_leaves(arguments))} in cache",
-        run,
-    )
-
-
-@cache
-def _row(dtype: torch.dtype, size: int) -> torch.Tensor:
-    return torch.ones(size, dtype=dtype)
-
-
-def _filled(size: int, argument: Any) -> Any:
-    empty = isinstance(argument, torch.Tensor) and argument.numel() == 0
-    return _row(argument.dtype, size) if empty else argument
-
-
-_TRIVIAL: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
-    (torch.neg, (torch.empty(0),)),
-    (torch.add, (torch.empty(0),) * 2),
-    (torch.addcmul, (torch.empty(0),) * 3),
-)
-"""By number of operands: operations that take no longer than reading and writing."""

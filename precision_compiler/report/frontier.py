@@ -3,14 +3,12 @@
 import io
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from precision_compiler.errors import PlanError
-from precision_compiler.files import write_atomically
+from precision_compiler.files import write_record
 from precision_compiler.formats import CHOICES
 from precision_compiler.frontier import Frontier, FrontierPoint
 from precision_compiler.report.show import milliseconds
@@ -88,7 +86,4 @@ def draw_frontier(frontier: Frontier, path: str | os.PathLike[str]) -> None:
     axes.legend()
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
-    try:
-        write_atomically(Path(path), image.getvalue())
-    except OSError as error:
-        raise PlanError(f"cannot write the figure {path}: {error.strerror}") from error
+    write_record(path, image.getvalue(), "figure")

@@ -3,8 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from precision_compiler.plan import Plan, Verification
+from precision_compiler.outcomes import Verification
+from precision_compiler.plan import Plan
 from precision_compiler.report.show import milliseconds
+from precision_compiler.sizes import readable_bytes
 
 _SHOWN_ABOVE = {
     "predicted_seconds",
@@ -100,7 +102,7 @@ def particulars(plan: Plan) -> list[Fact]:
         Fact("graph", size),
         Fact("loss from", plan.loss_origin),
         *(
-            Fact(key.replace("_", " "), _text(value))
+            Fact(key.replace("_", " "), _text(key, value))
             for key, value in totals.items()
             if key not in _SHOWN_ABOVE and value is not None
         ),
@@ -128,5 +130,7 @@ def _ratio(seconds: float, of: float) -> str:
     return f"{seconds / of:.2f}x" if of else "-"
 
 
-def _text(value: Any) -> str:
+def _text(key: str, value: Any) -> str:
+    if key.endswith("_bytes"):
+        return readable_bytes(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)

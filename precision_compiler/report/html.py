@@ -18,8 +18,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from precision_compiler.errors import PlanError
-from precision_compiler.files import write_atomically
+from precision_compiler.files import write_record
 from precision_compiler.flags import FLAGS, Flag
 from precision_compiler.formats import CHOICES
 from precision_compiler.plan import Plan
@@ -56,10 +55,7 @@ def write_report(plan: Plan, path: Path, title: str = "plan") -> None:
     Raises:
         PlanError: the file cannot be written.
     """
-    try:
-        write_atomically(path, report_html(plan, title))
-    except OSError as error:
-        raise PlanError(f"cannot write the report {path}: {error.strerror}") from error
+    write_record(path, report_html(plan, title), "report")
 
 
 def report_html(plan: Plan, title: str = "plan") -> str:

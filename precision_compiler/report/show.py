@@ -11,7 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from precision_compiler.flags import Flag
-from precision_compiler.plan import Plan, SiteChoice, Totals, Verification
+from precision_compiler.outcomes import Totals, Verification
+from precision_compiler.plan import Plan, SiteChoice
+from precision_compiler.sizes import readable_bytes
 
 ROLES = ("fprop", "dgrad", "wgrad")
 STYLES = {"fp32": "dim", "tf32": "cyan", "bf16": "green", "fp16": "green"}
@@ -77,8 +79,8 @@ def totals_view(plan: Plan) -> RenderableType:
 def _memory_line(totals: Totals) -> str:
     saved = 1 - totals.activation_bytes / totals.fp32_activation_bytes
     return (
-        f"{totals.activation_bytes / 2**20:.1f} MiB kept for the backward pass, {saved:.0%} less "
-        f"than fp32 (autocast {totals.autocast_activation_bytes / 2**20:.1f} MiB)"
+        f"{readable_bytes(totals.activation_bytes)} kept for the backward pass, {saved:.0%} less "
+        f"than fp32 (autocast {readable_bytes(totals.autocast_activation_bytes)})"
     )
 
 

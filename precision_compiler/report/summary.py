@@ -7,7 +7,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from precision_compiler.plan import Plan, Verification
+from precision_compiler.outcomes import Verification
+from precision_compiler.plan import Plan
 from precision_compiler.report.places import GROUPINGS, By, SiteGroup, groups_of
 from precision_compiler.report.show import format_text, milliseconds
 

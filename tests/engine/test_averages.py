@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from precision_compiler.formats import FORMATS
+from precision_compiler.observation import sensitivity_of
 from precision_compiler.statistics import (
     Accumulated,
     Correlation,
@@ -15,7 +16,6 @@ from precision_compiler.statistics import (
     Sensitivity,
     Statistics,
     averaged,
-    sensitivity_of,
 )
 
 

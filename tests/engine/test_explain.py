@@ -11,7 +11,8 @@ from precision_compiler.budget import Budget
 from precision_compiler.compiler import Decision, decide
 from precision_compiler.errors import BudgetError
 from precision_compiler.explain import GAP, explain, forced
-from precision_compiler.plan import Plan, Trial
+from precision_compiler.outcomes import Trial
+from precision_compiler.plan import Plan
 from precision_compiler.problem import Problem
 from precision_compiler.solver import solve
 from precision_compiler.thaw import problem_of

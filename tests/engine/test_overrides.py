@@ -44,7 +44,7 @@ def test_everything_else_is_decided_anew() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"blocks.*.fcc.wgrad": "bf16"}, r"matches no site; the nearest are blocks\.\d\.fc"),
+        ({"blocks.*.fcc.wgrad": "bf16"}, r"matches no site; did you mean blocks\.\d\.fc"),
         ({"blocks.*.fc.wgrad": "bf61"}, r"unknown format 'bf61' \(did you mean bf16\?\)"),
         ({"blocks.*.fc.wgrad": "mxfp8"}, "cannot be mxfp8 on this target; choose one of fp32"),
         ({"blocks.0.add.store": "e4m3"}, "cannot be e4m3 on this target"),

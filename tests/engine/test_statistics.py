@@ -8,13 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from precision_compiler.formats import FORMATS, Format, round_to, ulp
-from precision_compiler.statistics import (
-    METRICS,
-    Sensitivity,
-    insensitive,
-    sensitivity_of,
-    update_loss,
-)
+from precision_compiler.observation import insensitive, sensitivity_of, update_loss
+from precision_compiler.statistics import METRICS, Sensitivity
 
 SMALLEST = 2.0**-126
 BF16 = FORMATS["bf16"]

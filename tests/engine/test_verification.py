@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from precision_compiler.budget import Budget
 from precision_compiler.capture import Captured, capture
 from precision_compiler.emulation import quantise
 from precision_compiler.journal import Journal
+from precision_compiler.outcomes import MeasuredError
 from precision_compiler.passes import CHOOSE, DECIDE, REWRITE
 from precision_compiler.pipeline import Pipeline, Unit
 from precision_compiler.plan import Plan
@@ -135,6 +137,21 @@ def test_plan_of_float32_passes_with_no_error_at_all() -> None:
     assert (found.passed, found.held_out, found.rounds) == (True, True, 1)
     assert found.measured.gradient_error == found.measured.loss_error == 0.0
     assert found.measured.ratio == 1.0
+
+
+@pytest.mark.parametrize(("noise", "passes"), [(1e-8, True), (1e-6, False)])
+def test_only_float32s_own_noise_is_forgiven_where_nothing_is_rounded(
+    noise: float, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads add up embedding gradients in any order."""
+    measure = Truth.measure
+
+    def noisy(truth: Truth, *args: Any) -> MeasuredError:
+        return replace(measure(truth, *args), gradient_error=noise)
+
+    monkeypatch.setattr(Truth, "measure", noisy)
+    found = verify_plan(decided("mlp", 0.0), captured("mlp"), held_out=True)
+    assert (found.passed, found.rounds) == (passes, 1)  # solving again would change nothing
 
 
 @pytest.mark.parametrize(("role", "budget"), [("fprop", 0.02), ("wgrad", 0.02), ("store", 0.003)])

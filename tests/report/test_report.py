@@ -12,7 +12,8 @@ from hypothesis import given
 
 from precision_compiler.errors import PlanError
 from precision_compiler.flags import Flag
-from precision_compiler.plan import MeasuredError, Plan, Trial, Verification
+from precision_compiler.outcomes import MeasuredError, Trial, Verification
+from precision_compiler.plan import Plan
 from precision_compiler.report.html import TEMPLATES, report_html, write_report
 from tests.made_plans import HOSTILE, big_plan, with_names
 from tests.models import planned
@@ -155,6 +156,13 @@ def test_headline_says_what_was_promised_and_kept(plan: Plan) -> None:
     ):
         assert part in text, part
     assert "was not checked" in Page(report_html(replace(plan, verification=None))).text
+
+
+def test_memory_is_told_in_units_people_read(plan: Plan) -> None:
+    totals = replace(plan.totals, activation_bytes=7.5e9, fp32_activation_bytes=512.0)
+    text = " ".join(Page(report_html(replace(plan, totals=totals))).text.split())
+    assert "activation bytes 7.5 GB" in text
+    assert "fp32 activation bytes 512 bytes" in text
 
 
 def test_vetoing_flags_come_first_with_counts(plan: Plan) -> None:

@@ -8,15 +8,8 @@ from rich.console import Console
 
 from precision_compiler.budget import Budget
 from precision_compiler.flags import Flag
-from precision_compiler.plan import (
-    SCHEMA_VERSION,
-    MeasuredError,
-    Option,
-    Plan,
-    SiteChoice,
-    Totals,
-    Verification,
-)
+from precision_compiler.outcomes import MeasuredError, Totals, Verification
+from precision_compiler.plan import SCHEMA_VERSION, Option, Plan, SiteChoice
 from precision_compiler.report.show import (
     contraction_rows,
     layer_ranges,
@@ -95,6 +88,18 @@ def test_totals_come_first_and_compare(plan: Plan) -> None:
     assert "0.0081 predicted, 0.0083 allowed by budget autocast" in second
     assert third.split() == ["budget", "0.0083:", "scored"]
     assert "310 ms: gap 0.6%" in fourth
+
+
+def test_memory_is_told_in_units_people_read(plan: Plan) -> None:
+    totals = replace(
+        plan.totals,
+        activation_bytes=7.5e9,
+        fp32_activation_bytes=1.5e10,
+        autocast_activation_bytes=9e9,
+    )
+    lines = printed(replace(plan, totals=totals)).splitlines()
+    told = " ".join(line.strip() for line in lines)
+    assert "7.5 GB kept for the backward pass, 50% less than fp32 (autocast 9 GB)" in told
 
 
 MEASURED = MeasuredError(0.0123, 0.008, 0.034, {"w": 0.034}, (), 2.5, -3e-4, 1e-4)

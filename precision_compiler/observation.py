@@ -1,0 +1,150 @@
+"""Look at a tensor as it passes: a sample of its elements, and what rounding makes of them."""
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property, lru_cache
+from math import gcd, isfinite, prod
+
+import numpy as np
+import torch
+
+from precision_compiler.formats import FORMATS, Format, largest_magnitude, quantised
+from precision_compiler.statistics import (
+    COHERENT,
+    EXPONENTS,
+    METRICS,
+    Measured,
+    Sensitivity,
+    unweighted,
+)
+
+SAMPLE = 1 << 14
+"""Elements of a tensor that are looked at, at the most; larger tensors are sampled evenly.
+
+The error that follows is good to about 1 % where all elements carry it, 4 % where a tenth do and
+13 % where a hundredth do (standard deviations over 60 draws of normal numbers). Reading all
+elements of all weights would cost more than the differentiation.
+"""
+
+GLANCE = 1 << 12
+"""The same for tensors that only their range is asked of."""
+
+
+@lru_cache(maxsize=512)
+def _step(size: int, most: int) -> int:
+    """Distance of sampled elements.
+
+    It has no factor of the size, so that it falls into step with no dimension of the tensor.
+    """
+    step = -(-size // most)
+    while gcd(step, size) > 1:
+        step += 1
+    return step
+
+
+@lru_cache(maxsize=512)
+def _indices(shape: tuple[int, ...], step: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    return torch.unravel_index(torch.arange(0, prod(shape), step, device=device), shape)
+
+
+def sampled(values: torch.Tensor, most: int = SAMPLE) -> torch.Tensor:
+    """A tensor's elements in one row; evenly spaced ones, ``most`` at most, of a larger tensor."""
+    still = values.detach()
+    step = _step(still.numel(), most) if still.numel() > most else 1
+    if step == 1 or still.is_contiguous():
+        return still.reshape(-1)[::step].contiguous()
+    return still[_indices(tuple(still.shape), step, still.device)]
+
+
+def binades(row: torch.Tensor) -> torch.Tensor:
+    """The exponent field of float32 numbers: 0 for zeros and subnormals, 255 for infinities."""
+    return row.view(torch.int32).bitwise_right_shift(23).bitwise_and_(0xFF)
+
+
+def binned(exponents: torch.Tensor, values: torch.Tensor | None = None) -> np.ndarray:
+    """Sum of ``values`` (or the count) per binade; zeros and subnormals are left out."""
+    found = torch.bincount(exponents, values, minlength=256)
+    return found.cpu().numpy()[1:].astype(np.float64)
+
+
+class Observation:
+    """One tensor while its derivatives arrive: the sampled elements and what they become.
+
+    Attributes:
+        row: the sampled elements, float32.
+        scale: elements of the tensor per sampled one.
+        formats: those that it is really rounded to.
+    """
+
+    def __init__(
+        self, values: torch.Tensor, formats: Iterable[Format] = (), most: int = SAMPLE
+    ) -> None:
+        self.row, self.size = sampled(values, most), values.numel()
+        self.scale = self.size / max(1, self.row.numel())
+        self.amax = largest_magnitude(values.detach())
+        self.exponents = binades(self.row)
+        self.formats = tuple(formats)
+
+    @cached_property
+    def count(self) -> np.ndarray:
+        """Sampled elements per binade."""
+        return binned(self.exponents)
+
+    @cached_property
+    def errors(self) -> dict[str, torch.Tensor]:
+        """``Q(y) - y`` of every sampled element, by format."""
+        return {fmt.name: quantised(self.row, fmt, self.amax) - self.row for fmt in self.formats}
+
+    def weight(self, adjoint: torch.Tensor) -> np.ndarray:
+        """``h^2`` by binade over the whole tensor, from sampled derivatives."""
+        return binned(self.exponents, adjoint.double().square_()) * self.scale
+
+    def measured(
+        self, adjoint: torch.Tensor, errors: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, Measured]:
+        """The effect of real rounding to every format, from sampled derivatives.
+
+        Args:
+            adjoint: derivatives of the sampled elements.
+            errors: rounding errors of the sampled elements in further formats, by name.
+        """
+        found = {}
+        for name, error in (self.errors | dict(errors or {})).items():
+            moved = adjoint * error
+            variance = float(moved.norm(dtype=torch.float64)) ** 2
+            signed = float(moved.sum(dtype=torch.float64)) ** 2
+            # Errors that agree grow with the number of elements, others with its root.
+            agree = signed > COHERENT**2 * variance
+            scale = self.scale**2 if agree else self.scale
+            if isfinite(signed + variance):  # an overflow is a flag's business, not a number
+                found[name] = Measured(variance * self.scale, signed * scale)
+        return found
+
+
+def insensitive(values: torch.Tensor, most: int = SAMPLE) -> Sensitivity:
+    """The record of a float32 tensor that nothing depends on, from ``most`` elements of it."""
+    seen = Observation(values, most=most)
+    return Sensitivity(unweighted(), seen.amax, seen.count, seen.size)
+
+
+def sensitivity_of(
+    values: torch.Tensor, adjoint: torch.Tensor, formats: Iterable[str] = ()
+) -> Sensitivity:
+    """The record of a float32 tensor whose probe has one derivative, the same in every metric."""
+    seen = Observation(values, [FORMATS[name] for name in formats])
+    row = sampled(adjoint)
+    weight = np.repeat(seen.weight(row)[None], len(METRICS), axis=0)
+    return Sensitivity(weight, seen.amax, seen.count, seen.size, seen.measured(row))
+
+
+def update_loss(weights: Iterable[torch.Tensor], step: float, fmt: Format) -> float:
+    """Share of weights kept in ``fmt`` that an update of a given size leaves where they are.
+
+    Those with ``step < ulp / 2``. Updates of Adam are about as large as the learning rate.
+    """
+    lost = total = 0.0
+    for weight in weights:
+        seen = Observation(weight.detach().float())
+        spacing = np.exp2(np.maximum(EXPONENTS, fmt.min_exponent) - fmt.precision + 1.0)
+        lost += float(seen.count[step < spacing / 2].sum()) * seen.scale
+        total += seen.size
+    return lost / total if total else 0.0
