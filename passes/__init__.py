@@ -17,6 +17,7 @@ from precision_compiler.passes.cost.find_kernels import FindKernels
 from precision_compiler.passes.cost.price_contractions import PriceContractions
 from precision_compiler.passes.cost.price_traffic import PriceTraffic
 from precision_compiler.passes.lower.emulate_formats import EmulateFormats
+from precision_compiler.passes.lower.lower_contractions import LowerContractions
 from precision_compiler.passes.rewrite.fold_casts import FoldCasts
 from precision_compiler.passes.rewrite.insert_casts import InsertCasts
 from precision_compiler.passes.rewrite.sink_casts import SinkCasts
@@ -47,6 +48,7 @@ REWRITE: tuple[Pass, ...] = (
     InsertCasts(),
     SinkCasts(),
     FoldCasts(),
+    LowerContractions(),
     EmulateFormats(),
 )
 """From an assignment to the graph that runs."""

@@ -5,10 +5,12 @@ Used when a graph is interpreted for analysis; the compiled graph keeps the fuse
 Formulas: Dao et al., FlashAttention (2022), algorithms 1 and 4 without the tiling.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from precision_compiler.errors import AnalysisError
 
 Tap = Callable[[torch.Tensor], torch.Tensor]
 
@@ -95,10 +97,70 @@ def backward(
     return grad_query, _per_group(grad_key, key), _per_group(grad_value, value)
 
 
+def efficient_forward(
+    tap: Tap,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    compute_logsumexp: bool,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Results of ``aten._scaled_dot_product_efficient_attention``, its random state zero.
+
+    Raises:
+        AnalysisError: there is dropout.
+    """
+    if dropout:
+        raise AnalysisError(
+            f"fused attention drops {dropout:g} of its probabilities, which analysis cannot "
+            "repeat: plan the model with attention dropout 0"
+        )
+    output, normaliser = forward(tap, query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+    state = normaliser.new_zeros((), dtype=torch.int64)
+    return output, normaliser, state, state
+
+
+def efficient_backward(
+    tap: Tap,
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    seed: torch.Tensor,
+    offset: torch.Tensor,
+    dropout: float,
+    wanted: Sequence[bool],
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of query, key, value and, where it is wanted, of the bias.
+
+    Raises:
+        AnalysisError: the gradient of the bias is wanted.
+    """
+    if wanted[3]:
+        raise AnalysisError(
+            "fused attention is asked for the gradient of its bias, which analysis has no "
+            "formula for: compute scores, bias and softmax as separate operations"
+        )
+    args = (tap, grad, query, key, value, out, logsumexp, 0.0, causal)
+    return (*backward(*args, attn_mask=bias, scale=scale), None)
+
+
 def substitutes() -> dict[Any, Callable[..., Any]]:
     """The formula for each fused attention operation."""
     aten = torch.ops.aten
     return {
         aten._scaled_dot_product_flash_attention_for_cpu.default: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward.default: backward,
+        aten._scaled_dot_product_efficient_attention.default: efficient_forward,
+        aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward,
     }

@@ -14,6 +14,7 @@ from precision_compiler.errors import PlanMismatch
 from precision_compiler.frontier import Frontier
 from precision_compiler.joint import JointGraph
 from precision_compiler.journal import Journal
+from precision_compiler.lowering.support import architecture_for
 from precision_compiler.outcomes import MeasuredError, Trial, Verification
 from precision_compiler.passes import JUDGE, REWRITE
 from precision_compiler.passes.analyse.borrow_statistics import BorrowStatistics
@@ -309,7 +310,10 @@ def rewrite(
     if strict:
         check_plan(plan, sites)
     journal = Journal()
-    unit = Unit(joint, None, plan.budget, journal, assignment=plan.assignment)
+    architecture = architecture_for(plan.target)
+    unit = Unit(
+        joint, None, plan.budget, journal, assignment=plan.assignment, architecture=architecture
+    )
     Pipeline(passes, given=frozenset({"assignment"})).run(unit)
     return journal
 

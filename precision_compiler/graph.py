@@ -5,7 +5,7 @@ import copy
 import itertools
 import operator
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -74,6 +74,12 @@ CONTRACTIONS: dict[Any, ContractionRule] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: ContractionRule(
         (0, 1, 2, 3, 4), (), (0, 1, 2), _attention_backward_flops
     ),
+    aten._scaled_dot_product_efficient_attention.default: ContractionRule(
+        (0, 1, 2), (3,), (0,), _attention_flops
+    ),
+    aten._scaled_dot_product_efficient_attention_backward.default: ContractionRule(
+        (0, 1, 2, 3, 5), (4,), (0, 1, 2), _attention_backward_flops
+    ),
     aten.convolution.default: ContractionRule((0, 1), (2,), None, _convolution_flops),
     aten.convolution_backward.default: ContractionRule(
         (0, 1, 2), (), (0, 1, 2), _convolution_backward_flops
@@ -81,7 +87,12 @@ CONTRACTIONS: dict[Any, ContractionRule] = {
 }
 """ATen operations that run on multiply-accumulate units, and how to read each."""
 
-ATTENTION = frozenset(op for op in CONTRACTIONS if "flash_attention" in str(op))
+ATTENTION = frozenset(
+    op
+    for op, rule in CONTRACTIONS.items()
+    if rule.flops in (_attention_flops, _attention_backward_flops)
+)
+"""Fused attention: what torch captures in float32, on the CPU and on GPUs."""
 
 
 def contraction_rule(node: fx.Node) -> ContractionRule | None:
@@ -204,9 +215,18 @@ def is_cast(node: fx.Node) -> bool:
 
 
 def insert_call(
-    graph: fx.Graph, target: Any, args: tuple[Any, ...], after: fx.Node, like: fx.Node
+    graph: fx.Graph,
+    target: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    after: fx.Node,
+    like: fx.Node,
+    value: Any = None,
 ) -> fx.Node:
     """Insert a call behind ``after`` with its fake value, and the provenance of ``like``.
+
+    ``value`` is the fake value where it is known; it is computed from the arguments' otherwise.
 
     The new node is computed where ``like`` was, forward or backward, as far as Inductor's
     partitioner is concerned.
@@ -215,8 +235,11 @@ def insert_call(
     while after.op == "placeholder" and following.op == "placeholder":
         following = following.next
     with graph.inserting_before(following):
-        node = graph.call_function(target, args)
-    refresh(node)
+        node = graph.call_function(target, args, dict(kwargs or {}))
+    if value is None:
+        refresh(node)
+    else:
+        node.meta["val"] = value
     for key in ("partitioner_tag", "nn_module_stack", "fwd_nn_module_stack", "stack_trace"):
         if key in like.meta:
             node.meta[key] = like.meta[key]

@@ -63,6 +63,7 @@ class Unit:
         baseline: torch.autocast's policy as an assignment.
         solution: the chosen assignment and its proof.
         assignment: format by site name; what the rewriting stage carries out.
+        architecture: of the GPU that the graph is lowered for, such as "sm_90"; empty if unknown.
     """
 
     joint: JointGraph
@@ -87,6 +88,7 @@ class Unit:
     baseline: dict[str, str] = field(default_factory=dict)
     solution: Solution | None = None
     assignment: dict[str, str] = field(default_factory=dict)
+    architecture: str = ""
 
     @property
     def target(self) -> Target:

@@ -93,11 +93,11 @@ def _two_level_scales(amax: torch.Tensor, fmt: Format) -> Scales:
     encode = _over(narrow.max_finite * fmt.max_finite, whole).clamp(max=_LARGEST)
     encode = torch.where((whole == 0) | whole.isinf(), 1.0, encode)
     tensor = _over(1.0, encode)
-    sixth = _over(1.0, amax.new_tensor(fmt.max_finite))
+    sixth = _over(1.0, amax.new_full((), fmt.max_finite))
     block = round_to(amax * (encode * sixth), narrow, saturate=True)
     return Scales(_over(1.0, block * tensor).clamp(max=_LARGEST), block, tensor)
 
 
 def _over(number: float, x: torch.Tensor) -> torch.Tensor:
     """``number / x`` rounded once; torch's own operator multiplies by a rounded reciprocal."""
-    return torch.div(x.new_tensor(number), x)
+    return torch.div(x.new_full((), number), x)

@@ -52,7 +52,7 @@ class Site:
         name: stable, human name.
         kind: "contraction" or "storage".
         role: "fprop", "dgrad", "wgrad" or "store".
-        op: the ATen operation's base name.
+        op: the ATen operation's base name; "attention" or "attention_backward" for fused ones.
         node: name of the fx node in the graph the site was found in.
         signature: operation and the dimensions that do not depend on the batch.
         shape: shape of the node's output in this graph.
@@ -271,9 +271,16 @@ def _contraction_site(node: fx.Node, provenance: Provenance) -> Site:
         dimensions = shape
     else:  # the width of attention heads; lengths and batch are the data's business
         dimensions = shape_of(operands[0])[-1:] if node.target in ATTENTION else ()
-    operation = base_name(node.target)
+    operation = _operation_of(node)
     signature = f"{operation}{list(dimensions)}"
     return Site(name, "contraction", role, operation, node.name, signature, shape)
+
+
+def _operation_of(node: fx.Node) -> str:
+    """The operation's base name; of attention, whose name differs by device, what it is."""
+    if node.target not in ATTENTION:
+        return base_name(node.target)
+    return "attention_backward" if is_backward(node) else "attention"
 
 
 def _is_storage_site(node: fx.Node, saved: frozenset[str], depths: Mapping[fx.Node, int]) -> bool:

@@ -129,6 +129,14 @@ class Target:
             return _read(folder / f"{name}{SUFFIX}", folder)
 
     @property
+    def architecture(self) -> str:
+        """What GPU kernels are compiled for, such as "sm_90" or "gfx942"; empty for no GPU."""
+        word = self.compute_capability
+        if self.device == "cuda":
+            return f"sm_{word.replace('.', '')}"
+        return word if self.device == "rocm" else ""
+
+    @property
     def kernel_seconds(self) -> float:
         """Fixed cost of one kernel: its launch, and units idle at its start and end."""
         return self.launch_seconds + self.ramp_seconds
@@ -140,6 +148,7 @@ class Target:
             TargetError: the machine has no hardware path for it; the message lists those it has.
         """
         row = self.formats.get(name) or self.gemm_formats.get(name)
+        row = row or self.formats.get(f"{name}fnuz")  # fp8 of gfx942, by OCP's name
         if row is None:
             words = [*self.formats, *self.gemm_formats]
             raise TargetError(

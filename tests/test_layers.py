@@ -79,6 +79,7 @@ LAYERS = (
         "verify",
     },
     {"kernels"},
+    {"lowering"},
     {"passes.analyse", "passes.assign", "passes.cost", "passes.lower", "passes.rewrite"},
     {"passes"},
     {"verification"},

@@ -1,23 +1,25 @@
 """See CheckSupport."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
 
 from precision_compiler.formats import CHOICES
-from precision_compiler.graph import is_matrix_product, shape_of
+from precision_compiler.graph import shape_of
+from precision_compiler.lowering.support import reason_against_product
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.sites import operand_nodes
 
 
 @dataclass(frozen=True)
 class CheckSupport:
-    """Rule out formats that the target's hardware cannot run a contraction in.
+    """Rule out formats that nothing runs a contraction in.
 
-    1. Scales per block are for products of matrices: attention and convolutions have none.
-    2. The length of the sum is a multiple of the block.
+    1. Scaled formats are for products of two matrices: attention, convolutions and batches of
+       products have no kernel that takes scales. tf32 is for products of matrices and batches.
+    2. The target's instructions have the format, and a kernel uses them.
+    3. In block formats, the length of the sum is a multiple of the block.
     """
 
     name: ClassVar[str] = "check-support"
@@ -29,18 +31,20 @@ class CheckSupport:
     def run(self, unit: Unit) -> bool:
         """Add to ``unit.vetoes``."""
         nodes = {node.name: node for node in unit.joint.module.graph.nodes}
-        blocks = [name for name in unit.target.formats if CHOICES[name].block]
         for site in unit.links.contractions.values():
-            for name in blocks:
-                for reason in _reasons(nodes[site.node], CHOICES[name].block):
+            for name in unit.target.formats:
+                reason = _reason(nodes[site.node], name, unit.target.architecture)
+                if reason:
                     unit.vetoes.setdefault((site.name, name), f"support: {reason}")
         return False
 
 
-def _reasons(node: fx.Node, block: int) -> Iterator[str]:
-    if not is_matrix_product(node):
-        yield "scales per block are for products of matrices alone"
-        return
+def _reason(node: fx.Node, fmt: str, architecture: str) -> str:
+    reason = reason_against_product(node, fmt, architecture)
+    block = CHOICES[fmt].block
+    if reason or not block:
+        return reason
     length = shape_of(operand_nodes(node)[0])[-1]
     if length % block:
-        yield f"the sum over {length} elements does not divide into blocks of {block}"
+        return f"the sum over {length} elements does not divide into blocks of {block}"
+    return ""

@@ -62,6 +62,4 @@ def supports(architecture: str, kernel: str, format: str) -> Support:
 
 def architecture_of(target: Target) -> Architecture | None:
     """The architecture of a target, or None where no kernel was compiled for it."""
-    word = target.compute_capability
-    name = f"sm_{word.replace('.', '')}" if target.device == "cuda" else word
-    return next((row for row in ARCHITECTURES if row.name == name), None)
+    return next((row for row in ARCHITECTURES if row.name == target.architecture), None)

@@ -13,6 +13,7 @@ from precision_compiler.kernels.capability import KERNELS, supports
 from precision_compiler.kernels.compare import NARROW, mismatches
 from precision_compiler.kernels.contract import Kernel
 from precision_compiler.kernels.language import require_triton
+from precision_compiler.kernels.targets import this_architecture
 
 REPEATS = 20
 CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -55,15 +56,6 @@ def selftest(device: Literal["cpu", "cuda"]) -> Iterator[Check]:
         )
     require_triton()
     return _on_gpu(this_architecture())
-
-
-def this_architecture() -> str:
-    """The architecture of the GPU at hand, such as "sm_90" or "gfx942"."""
-    if torch.version.hip:
-        name: str = torch.cuda.get_device_properties(0).gcnArchName
-        return name.split(":")[0]
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"
 
 
 def _on_cpu() -> Iterator[Check]:

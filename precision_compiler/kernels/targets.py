@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from precision_compiler.errors import TargetError
 
 
@@ -55,7 +57,7 @@ ARCHITECTURES = (
         {
             "bf16": r"HMMA\.16816\.F32\.BF16",
             "e4m3": r"QMMA\.16832\.F32\.E4M3\.E4M3",
-            "e5m2": r"QMMA\.16832\.F32\.E5M2\.E4M3",
+            "e5m2": r"QMMA\.16832\.F32\.E5M2\.E5M2",
         },
         _VIA_FP16,
     ),
@@ -64,7 +66,7 @@ ARCHITECTURES = (
         {
             "bf16": r"HGMMA\.64x\d+x16\.F32\.BF16.*",
             "e4m3": r"QGMMA\.64x\d+x32\.F32\.E4M3\.E4M3.*",
-            "e5m2": r"QGMMA\.64x\d+x32\.F32\.E5M2\.E4M3.*",
+            "e5m2": r"QGMMA\.64x\d+x32\.F32\.E5M2\.E5M2.*",
         },
         _TO_FP8,
     ),
@@ -90,7 +92,7 @@ ARCHITECTURES = (
         {
             "bf16": r"HMMA\.16816\.F32\.BF16",
             "e4m3": r"QMMA\.16832\.F32\.E4M3\.E4M3",
-            "e5m2": r"QMMA\.16832\.F32\.E5M2\.E4M3",
+            "e5m2": r"QMMA\.16832\.F32\.E5M2\.E5M2",
             "mxfp8": r"QMMA\.SF\..*",
             "mxfp4": r"OMMA\.SF\..*E2M1\.E2M1\.E8",
             "nvfp4": r"OMMA\.SF\..*E2M1\.E2M1\.UE4M3\.4X",
@@ -102,7 +104,7 @@ ARCHITECTURES = (
         {
             "bf16": r"v_mfma_f32_\d+x\d+x\d+_bf16",
             "e4m3fnuz": r"v_mfma_f32_\d+x\d+x\d+_fp8_fp8",
-            "e5m2fnuz": r"v_mfma_f32_\d+x\d+x\d+_(bf8_fp8|fp8_bf8)",
+            "e5m2fnuz": r"v_mfma_f32_\d+x\d+x\d+_bf8_bf8",
         },
         {"e4m3fnuz": r"v_cvt_pk_fp8_f32(_e64)?", "e5m2fnuz": r"v_cvt_pk_bf8_f32(_e64)?"},
     ),
@@ -111,7 +113,7 @@ ARCHITECTURES = (
         {
             "bf16": r"v_mfma_f32_\d+x\d+x\d+_bf16",
             "e4m3": r"v_mfma_f32_\d+x\d+x\d+_(f8f6f4|fp8_fp8)",
-            "e5m2": r"v_mfma_f32_\d+x\d+x\d+_(f8f6f4|bf8_fp8|fp8_bf8)",
+            "e5m2": r"v_mfma_f32_\d+x\d+x\d+_(f8f6f4|bf8_bf8)",
             "mxfp8": r"v_mfma_scale_f32_\d+x\d+x\d+_f8f6f4",
             "mxfp4": r"v_mfma_scale_f32_\d+x\d+x\d+_f8f6f4",
         },
@@ -133,6 +135,15 @@ def architecture_named(name: str) -> Architecture:
     if name not in found:
         raise TargetError(f"kernels are not proved for {name!r}: choose one of {', '.join(found)}")
     return found[name]
+
+
+def this_architecture() -> str:
+    """The architecture of the GPU at hand, such as "sm_90" or "gfx942"."""
+    if torch.version.hip:
+        name: str = torch.cuda.get_device_properties(0).gcnArchName
+        return name.split(":")[0]
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
 
 
 def reason_against(architecture: Architecture, format: str, matrix: bool) -> str:
@@ -166,4 +177,6 @@ def _missing(architecture: Architecture, format: str) -> str:
         return f"{name} scales blocks by powers of two only, not by e4m3 numbers"
     if format == "bf16":
         return f"{name} has no products in bf16"
+    if format == "mxfp6" and "mxfp8" in architecture.matrix:
+        return f"no kernel multiplies {format}: neither torch nor Triton has its products"
     return f"{name} has no scaled products: Triton would compute {format} in bf16 without a word"

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from precision_compiler import attention
+from precision_compiler.errors import AnalysisError
+from precision_compiler.graph import ATTENTION
 
 aten = torch.ops.aten
 FORWARD = aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -154,4 +156,35 @@ def test_taps_see_what_the_kernel_rounds_inside() -> None:
 
 
 def test_every_fused_operation_has_its_formula() -> None:
-    assert set(attention.substitutes()) == {FORWARD, BACKWARD}
+    assert set(attention.substitutes()) == set(ATTENTION)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gpu_attention_has_the_formulas_of_the_cpu(masked: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    query, key, value, grad = torch.randn(4, 2, 4, 7, 8, generator=generator, dtype=torch.float64)
+    bias = torch.randn(7, 7, generator=generator, dtype=torch.float64) if masked else None
+
+    def tap(inside: Tensor) -> Tensor:
+        return inside
+
+    wanted = attention.forward(tap, query, key, value, 0.0, not masked, attn_mask=bias)
+    found = attention.efficient_forward(tap, query, key, value, bias, True, 0.0, not masked)
+    assert torch.equal(found[0], wanted[0])
+    given = (grad, query, key, value)
+    back = attention.backward(tap, *given, *wanted, 0.0, not masked, attn_mask=bias)
+    options = (0.0, [True, True, True, False], not masked)
+    *gradients, none = attention.efficient_backward(tap, *given, bias, *found, *options)
+    assert none is None
+    assert all(torch.equal(a, b) for a, b in zip(gradients, back, strict=True) if a is not None)
+    assert None not in gradients
+
+
+def test_gpu_attention_with_dropout_or_a_trained_bias_is_refused() -> None:
+    x = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(AnalysisError, match=r"drops 0\.1 of its probabilities"):
+        attention.efficient_forward(lambda y: y, x, x, x, None, True, 0.1)
+    with pytest.raises(AnalysisError, match="gradient of its bias"):
+        attention.efficient_backward(
+            lambda y: y, x, x, x, x, None, x, x[..., 0], x, x, 0.0, [True] * 4
+        )

@@ -28,9 +28,11 @@ EVERYTHING = EmulateFormats(everything=True)
 
 @cache
 def decided(model: str) -> Decision:
-    """On a B200 whose memory and launches cost nothing, so that only arithmetic counts."""
+    """On a B200 whose memory and launches cost nothing, and whose kernels are not known."""
     known = Target.load("b200")
-    fast = replace(known, launch_seconds=0.0, bandwidth=1e16, units=None)
+    fast = replace(
+        known, launch_seconds=0.0, bandwidth=1e16, units=None, compute_capability="unknown"
+    )
     return decide(captured(model), fast, Budget.parse(0.2))
 
 

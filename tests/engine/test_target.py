@@ -77,8 +77,13 @@ def test_formats_follow_the_hardware() -> None:
 
     assert "bf16" not in has("v100")
     assert not {"e4m3", "mxfp8", "nvfp4"} & has("a100")
-    for name in ("l4", "l40s", "rtx4090", "h100", "h200", "gh200", "mi300x"):
+    for name in ("l4", "l40s", "rtx4090", "h100", "h200", "gh200"):
         assert {"e4m3", "e5m2"} <= has(name), name
+    for name in ("mi300x", "mi325x"):  # whose 8-bit formats are others, and go by OCP's names too
+        assert {"e4m3fnuz", "e5m2fnuz"} <= has(name)
+        assert not {"e4m3", "e5m2"} & has(name)
+        target = Target.load(name)
+        assert target.rate("e4m3") == target.rate("e4m3fnuz")
         assert not {"mxfp8", "nvfp4"} & has(name), name
     for name in ("b200", "gb200", "b300", "gb300"):
         assert {"e4m3", "mxfp8", "mxfp4", "nvfp4"} <= has(name), name

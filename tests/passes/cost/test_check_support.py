@@ -34,14 +34,29 @@ def test_sums_divide_into_blocks(fmt: str, length: int, fits: bool) -> None:
         )
 
 
-def test_attention_has_no_block_scales() -> None:
+def test_attention_has_no_scales() -> None:
     unit = checked(
         "q:f32[1,2,32,32] | d = _scaled_dot_product_flash_attention_for_cpu q q q 0.0 true"
         " | o = getitem d 0 | return o",
         "mxfp8",
     )
     ((site, _),) = unit.links.contractions.items()
-    assert "matrices alone" in unit.vetoes[site, "mxfp8"]
+    assert "two matrices, not attention" in unit.vetoes[site, "mxfp8"]
+    assert "two matrices, not attention" in unit.vetoes[site, "e4m3"]
+    assert (site, "bf16") not in unit.vetoes
+
+
+def test_batches_have_tf32_but_no_scales() -> None:
+    unit = checked("x:f32[2,32,32] | a = bmm x x | return a", "tf32")
+    ((site, _),) = unit.links.contractions.items()
+    assert {fmt for name, fmt in unit.vetoes if name == site} == {"e4m3"}
+
+
+def test_a_format_that_no_kernel_multiplies_is_ruled_out() -> None:
+    unit = checked("x:f32[32,64] w:f32[64,32] | a = mm x w | return a", "mxfp6", "mxfp8")
+    ((site, _),) = unit.links.contractions.items()
+    assert "no kernel multiplies mxfp6" in unit.vetoes[site, "mxfp6"]
+    assert (site, "mxfp8") not in unit.vetoes
 
 
 def test_an_earlier_veto_keeps_its_reason() -> None:

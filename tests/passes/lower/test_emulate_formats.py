@@ -183,7 +183,7 @@ def agreement(name: str, fmt: str, attention: str) -> tuple[float, float, float]
     """Differences of the emulation and the graph with real kernels, and of each and float32."""
     found = captured(name)
     sites = {site.name: site.op for site in found.joint.sites}
-    chosen = {site: attention if "flash" in op else fmt for site, op in sites.items()}
+    chosen = {site: attention if "attention" in op else fmt for site, op in sites.items()}
     links = find_links(found.joint)
     chosen |= {store: chosen[site] for store, site in links.writer.items() if attention != "fp32"}
     unit = Unit(found.joint.copy(), None, Budget.parse(1.0), Journal(), assignment=chosen)
@@ -214,7 +214,7 @@ def test_emulated_attention_errs_as_much_as_the_kernel(name: str) -> None:
 
 def test_attention_in_a_format_is_replaced_and_other_attention_kept() -> None:
     found = captured("gpt")
-    site = next(site.name for site in found.joint.sites if "flash" in site.op)
+    site = next(site.name for site in found.joint.sites if "attention" in site.op)
     module = emulated_model(found, {site: "e4m3"})
     targets = [node.target for node in module.graph.nodes]
     ours = [target for target in targets if target in EMULATED_ATTENTION.values()]

@@ -1,0 +1,216 @@
+"""See LowerContractions."""
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from precision_compiler.errors import VerifyError
+from precision_compiler.facts import NodeFacts, facts_of, set_facts
+from precision_compiler.formats import CHOICES
+from precision_compiler.graph import (
+    aten,
+    contraction_rule,
+    insert_call,
+    is_cast,
+    is_movement,
+    root_of,
+    shape_of,
+    value_of,
+)
+from precision_compiler.lowering import packing
+from precision_compiler.lowering.inlining import Inliner
+from precision_compiler.lowering.products import (
+    BLOCK_GEMM,
+    SCALED_GEMM,
+    SCALED_MM,
+    format_of_product,
+)
+from precision_compiler.lowering.support import reason_against_product
+from precision_compiler.lowering.tf32 import TF32_MATMUL
+from precision_compiler.pipeline import Numerics, Unit
+from precision_compiler.problem import fixes_result
+from precision_compiler.sites import named_nodes, operand_nodes
+
+
+@dataclass(frozen=True)
+class LowerContractions:
+    """Give products in formats without a plain dtype the operations that GPUs run them with.
+
+    Only where the graph is on a GPU; elsewhere, and for what no kernel runs, the next pass
+    emulates. Numbers are those of emulation: the same rounding, scales and float32 sums.
+
+    1. tf32 is the product itself under float32's tensor-core mode, for this product alone.
+    2. e4m3 (e4m3fnuz) is ``aten._scaled_mm`` with a scale per tensor. Products of two e5m2
+       operands, which cuBLAS lacks, are the kernel ``scaled_gemm``.
+    3. mxfp8, mxfp4 and nvfp4 are ``aten._scaled_mm`` with block scales in cuBLAS's order; on AMD,
+       which has another, the kernel ``block_gemm``.
+    4. Largest magnitudes, scales and casts are plain operations, which Inductor fuses into what
+       makes the tensor: one scale per (tensor, format), one copy of the elements per operand with
+       the summed axis last, shared by all products that read it so.
+    5. Sums and the right operand's rows are filled up with zeros to what the kernel asks for, and
+       the result is cut.
+    6. The result comes in the narrower dtype that it is stored in if nothing else reads it, else
+       in float32; an addend and NVFP4's scale of the tensor are applied in float32.
+    """
+
+    name: ClassVar[str] = "lower-contractions"
+    reads: ClassVar[frozenset[str]] = frozenset({"assignment"})
+    makes: ClassVar[frozenset[str]] = frozenset()
+    spoils: ClassVar[frozenset[str]] = frozenset()
+    numerics: ClassVar[Numerics] = Numerics.CHANGES
+
+    def run(self, unit: Unit) -> bool:
+        """Replace the products; note in the journal what was left, and why."""
+        graph = unit.joint.module.graph
+        lowering = _Lowering(graph, amd=unit.architecture.startswith("gfx"))
+        for name, node in named_nodes(graph).items():
+            fmt = unit.assignment.get(name, "fp32")
+            if fixes_result(fmt) or contraction_rule(node) is None or not _is_on_gpu(node):
+                continue
+            reason = reason_against_product(node, fmt, unit.architecture)
+            if reason:
+                unit.journal.note(self.name, f"{name} is emulated in {fmt}: {reason}")
+            else:
+                lowering.lower(node, name, fmt)
+        return bool(lowering.made)
+
+
+class _Lowering:
+    """One lowering of one graph."""
+
+    def __init__(self, graph: fx.Graph, amd: bool) -> None:
+        self.graph, self.amd, self.inliner = graph, amd, Inliner(graph)
+        self.made: dict[tuple[object, ...], list[fx.Node]] = {}
+
+    def lower(self, node: fx.Node, name: str, fmt: str) -> None:
+        """Replace one product."""
+        dtype, cast = _result_of(node, fmt)
+        factors: list[fx.Node] = []
+        if fmt == "tf32":
+            product = self._call(TF32_MATMUL, operand_nodes(node), like=node)
+        elif CHOICES[fmt].block:
+            product, factors = self._block_product(node, fmt, dtype)
+        else:
+            product = self._tensor_product(node, fmt, dtype)
+        self.made[product,] = [product]
+        found = format_of_product(product)
+        if found != fmt:
+            raise VerifyError(f"{name} multiplies {found} where the plan has {fmt}")
+        set_facts(product, NodeFacts(name, name, f"multiplied in {fmt}"))
+        self._put(product, factors, node, cast)
+
+    def _tensor_product(self, node: fx.Node, fmt: str, dtype: torch.dtype) -> fx.Node:
+        elements, scales = [], []
+        for operand, is_right in zip(operand_nodes(node), (False, True), strict=True):
+            encode, decode = self._once(packing.tensor_scale, root_of(operand), (fmt,))
+            elements += self._once(packing.tensor_operand, operand, (fmt, is_right), encode)
+            scales.append(decode)
+        if fmt != "e5m2":
+            return self._scaled_mm(elements, scales, dtype, node)
+        rows = [self._call(aten.view.default, (scale, [1]), node) for scale in scales]
+        return self._call(SCALED_GEMM, (*elements, *rows, None, "none", dtype, False), node)
+
+    def _block_product(
+        self, node: fx.Node, fmt: str, dtype: torch.dtype
+    ) -> tuple[fx.Node, list[fx.Node]]:
+        """The product, and what its result is still to be multiplied by."""
+        operands = zip(operand_nodes(node), (False, True), strict=True)
+        parts = [
+            self._once(packing.block_operand, operand, (fmt, is_right, not self.amd))
+            for operand, is_right in operands
+        ]
+        (left, left_scales, left_whole), (right, right_scales, right_whole) = parts
+        if not self.amd:
+            factors = [left_whole, right_whole] if fmt == "nvfp4" else []
+            scales = [left_scales, right_scales]
+            return self._scaled_mm([left, right], scales, dtype, node), factors
+        *codes, left, right = (
+            part if fmt == "mxfp8" and part in (left, right) else self._bytes(part, node)
+            for part in (left_scales, right_scales, left, right)
+        )
+        one = self._call(aten.view.default, (left_whole, [1]), node)
+        return self._call(BLOCK_GEMM, (left, right, *codes, one, fmt, dtype), node), []
+
+    def _bytes(self, tensor: fx.Node, node: fx.Node) -> fx.Node:
+        return self._call(aten.view.dtype, (tensor, torch.uint8), node)
+
+    def _scaled_mm(
+        self, elements: list[fx.Node], scales: list[fx.Node], dtype: torch.dtype, node: fx.Node
+    ) -> fx.Node:
+        left, right = elements
+        turned = self._call(aten.permute.default, (right, [1, 0]), node)
+        args = (left, turned, *scales, None, None, dtype, False)
+        return self._call(SCALED_MM, args, node)
+
+    def _put(
+        self, product: fx.Node, factors: list[fx.Node], node: fx.Node, cast: fx.Node | None
+    ) -> None:
+        """Let everything read the product that read the node, or the only cast of it."""
+        result = product
+        if isinstance(product.meta["val"], tuple):
+            result = self._call(operator.getitem, (product, 0), node)
+        if shape_of(result) != shape_of(node):
+            result = self._call(aten.slice.Tensor, (result, 1, 0, shape_of(node)[1]), node)
+        for factor in factors:
+            result = self._call(aten.mul.Tensor, (result, factor), node)
+        if node.target is aten.addmm.default:
+            result = self._call(aten.add.Tensor, (result, node.args[0]), node)
+        replaced = cast or node
+        if cast is None and (facts := facts_of(node)) is not None and result is not product:
+            set_facts(result, NodeFacts(f"{facts.name}.result", None, "result of the product"))
+        replaced.replace_all_uses_with(result)
+        self.graph.erase_node(replaced)
+        if cast is not None:
+            self.graph.erase_node(node)
+
+    def _once(
+        self,
+        function: Callable[..., Any],
+        tensor: fx.Node,
+        options: tuple[object, ...],
+        *further: fx.Node,
+    ) -> list[fx.Node]:
+        """What a function makes of a tensor, one time for each (elements, view, options)."""
+        key = (function, *_view_of(tensor), *options)
+        if key not in self.made:
+            args = (tensor, *further)
+            self.made[key] = self.inliner.inline(function, args, options, like=root_of(tensor))
+        return self.made[key]
+
+    def _call(self, target: Any, args: Sequence[Any], like: fx.Node) -> fx.Node:
+        after = max([like, *(argument for argument in args if isinstance(argument, fx.Node))])
+        return insert_call(self.graph, target, tuple(args), after=after, like=like)
+
+
+def _is_on_gpu(node: fx.Node) -> bool:
+    value = value_of(operand_nodes(node)[0])
+    return value is not None and value.device.type == "cuda"
+
+
+def _result_of(node: fx.Node, fmt: str) -> tuple[torch.dtype, fx.Node | None]:
+    """The dtype that a product can return at once, and the cast that it makes superfluous."""
+    readers = list(node.users)
+    if fmt in ("tf32", "nvfp4") or node.target is not aten.mm.default or len(readers) != 1:
+        return torch.float32, None
+    value = value_of(readers[0])
+    if not is_cast(readers[0]) or value is None or value.dtype not in _NARROW_RESULTS:
+        return torch.float32, None
+    return value.dtype, readers[0]
+
+
+def _view_of(node: fx.Node) -> tuple[object, ...]:
+    """A tensor's root and the steps from it, equal for nodes that show the same elements alike."""
+    steps: list[object] = []
+    while is_movement(node):
+        parent, *options = node.args
+        steps += [node.target, repr(options), repr(node.kwargs)]
+        assert isinstance(parent, fx.Node)
+        node = parent
+    return (node, *steps)
+
+
+_NARROW_RESULTS = (torch.bfloat16, torch.float16)

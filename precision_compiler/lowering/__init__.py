@@ -1,0 +1,1 @@
+"""What products in narrow formats become on GPUs: operands, operations, and what supports them."""

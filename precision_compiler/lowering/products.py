@@ -1,0 +1,73 @@
+"""What format a product in a graph really has, read from the graph and nothing else."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import fx
+
+from precision_compiler.facts import facts_of
+from precision_compiler.formats import format_of_dtype
+from precision_compiler.graph import aten, contraction_rule, value_of
+from precision_compiler.kernels import block_gemm, scaled_gemm  # noqa: F401 - registers them
+from precision_compiler.lowering.tf32 import TF32_MATMUL
+from precision_compiler.sites import rounded_arguments
+
+SCALED_MM = aten._scaled_mm.default
+SCALED_GEMM = torch.ops.precision_compiler.scaled_gemm.default
+BLOCK_GEMM = torch.ops.precision_compiler.block_gemm.default
+
+_BLOCK_FORMATS: Mapping[tuple[torch.dtype, torch.dtype], str] = MappingProxyType(
+    {
+        (torch.float8_e4m3fn, torch.float8_e8m0fnu): "mxfp8",
+        (torch.float8_e5m2, torch.float8_e8m0fnu): "mxfp8e5m2",
+        (torch.float4_e2m1fn_x2, torch.float8_e8m0fnu): "mxfp4",
+        (torch.float4_e2m1fn_x2, torch.float8_e4m3fn): "nvfp4",
+    }
+)
+"""Block formats by the dtypes of elements and scales."""
+
+
+def format_of_product(node: fx.Node) -> str | None:
+    """The format that the operands of a product have; None where the node is no product.
+
+    Operands that do not agree give the names of both, joined by "*".
+    """
+    if node.op != "call_function":
+        return None
+    if node.target is TF32_MATMUL:
+        return "tf32"
+    if node.target is BLOCK_GEMM:
+        return str(node.args[5])
+    if node.target in (SCALED_MM, SCALED_GEMM):
+        left, right, *scales = (_dtype(argument) for argument in node.args[:4])
+        names = [_scaled(*pair) for pair in zip((left, right), scales, strict=True)]
+    elif contraction_rule(node) is not None:
+        names = [_scaled(_dtype(value), None) for value in rounded_arguments(node).values()]
+    else:
+        return None
+    return "*".join(dict.fromkeys(names))
+
+
+def product_formats(graph: fx.Graph) -> dict[str, str]:
+    """Format of every product that carries out a site, by the site's name."""
+    found = {}
+    for node in graph.nodes:
+        facts, fmt = facts_of(node), format_of_product(node)
+        if fmt is not None and facts is not None:
+            found[facts.site or facts.name] = fmt
+    return found
+
+
+def _dtype(argument: object) -> torch.dtype:
+    value = value_of(argument) if isinstance(argument, fx.Node) else None
+    if value is None:
+        raise TypeError(f"{argument} is no tensor of a known dtype")
+    return value.dtype
+
+
+def _scaled(elements: torch.dtype, scales: torch.dtype | None) -> str:
+    if scales is not None and (elements, scales) in _BLOCK_FORMATS:
+        return _BLOCK_FORMATS[elements, scales]
+    fmt = format_of_dtype(elements)
+    return str(elements) if fmt is None else fmt.name
