@@ -75,7 +75,7 @@ PLANS = {
     "plan": Recipe("auto", (), "auto"),
     "fp8 plan": Recipe("h100", (*WIDE, "tf32", "fp16", "e4m3", "e5m2"), 0.1),
     "mxfp8 plan": Recipe("b200", (*WIDE, "mxfp8"), 0.1),
-    "nvfp4 plan": Recipe("b200", (*WIDE, "mxfp8", "nvfp4"), 0.15),
+    "nvfp4 plan": Recipe("b200", (*WIDE, "mxfp8", "nvfp4"), 0.1),
     "all nvfp4": Recipe("b200", (*WIDE, "nvfp4"), 1.0, "nvfp4"),
 }
 VARIANTS = ("fp32", "autocast", *PLANS)

@@ -26,7 +26,7 @@ def on_gpu(joint: JointGraph) -> JointGraph:
     copy = joint.copy()
     graph = copy.module.graph
     for node in graph.nodes:
-        node.args = torch.utils._pytree.tree_map(_with_gpu, node.args)
+        node.args = tuple(torch.utils._pytree.tree_map(_with_gpu, node.args))
         node.kwargs = torch.utils._pytree.tree_map(_with_gpu, node.kwargs)
         if "val" in node.meta:
             node.meta["val"] = torch.utils._pytree.tree_map(_moved, node.meta["val"])
