@@ -26,7 +26,7 @@ def on_gpu(joint: JointGraph) -> JointGraph:
     copy = joint.copy()
     graph = copy.module.graph
     for node in graph.nodes:
-        node.args = tuple(torch.utils._pytree.tree_map(_with_gpu, node.args))
+        node.args = torch.utils._pytree.tree_map(_with_gpu, node.args)
         node.kwargs = torch.utils._pytree.tree_map(_with_gpu, node.kwargs)
         if "val" in node.meta:
             node.meta["val"] = torch.utils._pytree.tree_map(_moved, node.meta["val"])
@@ -53,7 +53,8 @@ def _with_gpu(argument: Any) -> Any:
 def _forward_on_gpu(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Change a forward attention; returns its random state, which the backward one reads."""
     query, key, value, *options = node.args
-    dropout, causal = (*options, *(0.0, False)[len(options) :])
+    dropout = options[0] if options else 0.0
+    causal = options[1] if len(options) > 1 else False
     mask, scale = node.kwargs.get("attn_mask"), node.kwargs.get("scale")
     node.target = _ON_GPU
     node.args = (query, key, value, mask, True, dropout, causal)
