@@ -1,7 +1,7 @@
 """Decide which number format every operation of a Transformer's training graph runs in."""
 
 from precision_compiler.backend import compile, emulate, plan_of
-from precision_compiler.compiler import make_frontier, make_plan, measure_error
+from precision_compiler.compiler import lower, make_frontier, make_plan, measure_error
 from precision_compiler.errors import (
     AnalysisError,
     BudgetError,
@@ -50,6 +50,7 @@ __all__ = [
     "emulate",
     "explain",
     "export_onnx",
+    "lower",
     "make_frontier",
     "make_plan",
     "measure_error",

@@ -2,18 +2,17 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from precision_compiler import Plan, Target, export_onnx, make_frontier, make_plan
-from precision_compiler.cli_plans import add_diff, add_report, add_show, require_folder
+from precision_compiler.cli_common import WORKLOAD, require_folder, spinner
+from precision_compiler.cli_gpu import add_lower, add_selftest
+from precision_compiler.cli_plans import add_diff, add_report, add_show
 from precision_compiler.demo import Demo, run_demo
 from precision_compiler.errors import PrecisionError
-from precision_compiler.kernels.selftest import selftest
 from precision_compiler.overrides import read_overrides
 from precision_compiler.report.explanation import show_explanation
 from precision_compiler.report.frontier import draw_frontier, show_frontier
@@ -42,7 +41,6 @@ returns precision_compiler.Workload(model, batches):
 and in a training script:
   precision_compiler.compile(model, batch)   before the first step
 """
-WORKLOAD = "file.py:function or package.module:function; it returns a Workload(model, batches)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     add_diff(commands)
     _add_export(commands)
     _add_targets(commands)
-    _add_selftest(commands)
+    add_lower(commands)
+    add_selftest(commands)
     return parser
 
 
@@ -233,22 +232,6 @@ def _add_targets(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(command=_targets)
 
 
-def _add_selftest(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "selftest",
-        help="check the GPU kernels on this machine against their references",
-        description="Runs every kernel against its reference and times it. On the CPU, where "
-        "kernels are their references, it runs torch's checks of operators. Exits with 1 if a "
-        "kernel is wrong, with 2 if there is no such device.",
-        epilog="example: precision-compiler selftest --device cuda",
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda",
-        help="where to run; cuda is AMD's too (default: %(default)s)",
-    )  # fmt: skip
-    parser.set_defaults(command=_selftest)
-
-
 def _demo(options: argparse.Namespace) -> None:
     run_demo(Demo.quick() if options.quick else Demo.full(), options.output, Console())
 
@@ -256,7 +239,7 @@ def _demo(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     workload = load_workload(options.workload)
     require_folder(options.output)
-    with _spinner("loading the model") as report:
+    with spinner("loading the model") as report:
         first, *others = workload.first_batches(options.batches + 1)
         held_out = others.pop() if others else None
         plan = make_plan(
@@ -284,7 +267,7 @@ def _pareto(options: argparse.Namespace) -> None:
     require_folder(options.output)
     if options.plot is not None:
         require_folder(options.plot)
-    with _spinner("loading the model") as report:
+    with spinner("loading the model") as report:
         first, *others = workload.first_batches(options.batches)
         frontier = make_frontier(
             workload.model,
@@ -307,7 +290,7 @@ def _pareto(options: argparse.Namespace) -> None:
 
 def _explain(options: argparse.Namespace) -> None:
     plan = Plan.load(options.plan)
-    with _spinner("solving again"):
+    with spinner("solving again"):
         found = plan.explain(options.site)
     show_explanation(found, Console())
 
@@ -316,7 +299,7 @@ def _export(options: argparse.Namespace) -> None:
     workload = load_workload(options.workload)
     plan = Plan.load(options.plan)
     require_folder(options.output)
-    with _spinner("exporting"):
+    with spinner("exporting"):
         export_onnx(workload.model, workload.first_batch(), plan, options.output)
     Console().print(f"wrote {options.output}", soft_wrap=True)
 
@@ -327,19 +310,9 @@ def _targets(options: argparse.Namespace) -> None:
             raise PrecisionError(f"targets show: name one of {', '.join(Target.names())}")
         explain_target(Target.load(options.name), Console())
         return
-    with _spinner("measuring this machine"):
+    with spinner("measuring this machine"):
         targets = [Target.load(name) for name in Target.names()]
     show_targets(targets, Console())
-
-
-def _selftest(options: argparse.Namespace) -> int:
-    wrong = 0
-    for check in selftest(options.device):
-        wrong += bool(check.problems)
-        words = check.skipped or "; ".join(check.problems) or "as its reference"
-        time = "" if check.milliseconds is None else f", {check.milliseconds:.3f} ms"
-        print(f"{check.kernel} {check.format}: {words}{time}", flush=True)
-    return int(wrong > 0)
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, str]:
@@ -370,12 +343,3 @@ def _budget(text: str) -> str | float:
         return float(text)
     except ValueError:
         return text
-
-
-@contextmanager
-def _spinner(first: str) -> Iterator[Callable[[str], None]]:
-    """Shows what is going on and for how long; yields the function that says what is next."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(first)
-        yield lambda sentence: progress.update(task, description=sentence)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from precision_compiler.errors import PrecisionError
+from precision_compiler.cli_common import require_folder
 from precision_compiler.plan import Plan
 from precision_compiler.report.diff import compare, show_difference
 from precision_compiler.report.html import write_report
@@ -69,12 +69,6 @@ def add_diff(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument("after", type=Path, metavar="AFTER", help="another plan.json")
     parser.add_argument("--json", action="store_true", help="the same as JSON, for programs")
     parser.set_defaults(command=_diff)
-
-
-def require_folder(path: Path) -> None:
-    """Raises an error where a file could not be written, before any work is done for it."""
-    if not path.parent.is_dir():
-        raise PrecisionError(f"there is no folder {path.parent} to write {path.name} in: create it")
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -14,6 +14,8 @@ from precision_compiler.errors import PlanMismatch
 from precision_compiler.frontier import Frontier
 from precision_compiler.joint import JointGraph
 from precision_compiler.journal import Journal
+from precision_compiler.lowering.products import Lowered, products_of
+from precision_compiler.lowering.relocate import on_gpu
 from precision_compiler.lowering.support import architecture_for
 from precision_compiler.outcomes import MeasuredError, Trial, Verification
 from precision_compiler.passes import JUDGE, REWRITE
@@ -289,6 +291,29 @@ def rewritten(joint: JointGraph, plan: Plan) -> fx.GraphModule:
     copy = joint.copy()
     rewrite(copy, plan)
     return copy.module
+
+
+def lower(model: nn.Module, batch: Any, plan: Plan, *, loss: Loss | None = None) -> Lowered:
+    """The training graph as a GPU would run it, by a plan; no GPU is needed.
+
+    Passes run as they do in ``compile``, on GPU tensors without contents, so torch's rules for
+    the sizes and layouts of scaled products hold. Without a GPU at hand, the architecture is that
+    of the plan's target.
+
+    Args:
+        model: the module the plan was made for; left as it was.
+        batch: as for ``make_plan``.
+        plan: its plan.
+        loss: as for ``make_plan``.
+
+    Raises:
+        PlanMismatch: the plan belongs to another model.
+        CaptureError: the model fails on the batch.
+    """
+    joint = on_gpu(capture(model, batch, loss).joint)
+    journal = rewrite(joint, plan)
+    notes = [entry.message for entry in journal.entries if not entry.seconds]
+    return Lowered(joint.module, products_of(joint.module.graph), tuple(notes))
 
 
 def rewrite(

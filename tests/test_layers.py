@@ -85,7 +85,15 @@ LAYERS = (
     {"verification"},
     {"backend", "compiler"},
     {"report", "export"},
-    {"", "cli", "cli_plans", "demo", "__main__"},  # "" is the package itself with its public names
+    {
+        "",
+        "cli",
+        "cli_common",
+        "cli_gpu",
+        "cli_plans",
+        "demo",
+        "__main__",
+    },  # "" is the package itself with its public names
 )
 
 

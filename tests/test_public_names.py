@@ -24,6 +24,7 @@ MAIN_NAMES = CLASSES | {
     "emulate",
     "explain",
     "export_onnx",
+    "lower",
     "make_frontier",
     "make_plan",
     "measure_error",

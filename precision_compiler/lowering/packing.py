@@ -76,20 +76,27 @@ def block_operand(x: torch.Tensor, name: str, right: bool, blocked: bool) -> Blo
         blocked: scales in the order that cuBLAS reads them in, see ``in_blocks``; otherwise one
             row of scales per row of elements.
     """
+    elements, codes, whole = block_bytes(x, name, right, blocked)
+    row = SCALED_FORMATS[name]
+    narrow = torch.float4_e2m1fn_x2 if row.element.bits == 4 else _dtype(row.element)
+    scale = torch.float8_e8m0fnu if row.scaling.scale == "e8m0" else torch.float8_e4m3fn
+    return BlockOperand(elements.view(narrow), codes.view(scale), whole)
+
+
+def block_bytes(x: torch.Tensor, name: str, right: bool, blocked: bool) -> BlockOperand:
+    """``block_operand`` with elements of 4 bits and scales as bytes (uint8)."""
     row = SCALED_FORMATS[name]
     made = quantise(_with_sum_last(x, _BLOCK_ALIGNMENT, right), row.element, row.scaling)
     if row.element.bits == 4:
         elements = packed_pairs(made.elements)
     else:
-        elements = _in_rows(made.elements.to(_dtype(row.element)))
+        elements = made.elements.to(_dtype(row.element))
     if row.scaling.scale == "e8m0":
         codes = (made.scales.view(torch.int32) >> 23).to(torch.uint8)
-        scale_dtype = torch.float8_e8m0fnu
     else:
         codes = made.scales.to(torch.float8_e4m3fn).view(torch.uint8)
-        scale_dtype = torch.float8_e4m3fn
-    scales = in_blocks(codes) if blocked else codes
-    return BlockOperand(elements, _in_rows(scales).view(scale_dtype), made.tensor_scale)
+    codes = in_blocks(codes) if blocked else codes
+    return BlockOperand(_in_rows(elements), _in_rows(codes), made.tensor_scale)
 
 
 def packed_pairs(elements: torch.Tensor) -> torch.Tensor:
@@ -103,7 +110,7 @@ def packed_pairs(elements: torch.Tensor) -> torch.Tensor:
     nibbles = (code.to(torch.int32) | sign).to(torch.uint8)
     pairs = nibbles.reshape(*nibbles.shape[:-1], -1, 2)
     low, high = pairs.unbind(-1)
-    return _in_rows(low | (high << 4)).view(torch.float4_e2m1fn_x2)
+    return low | (high << 4)
 
 
 def in_blocks(scales: torch.Tensor) -> torch.Tensor:

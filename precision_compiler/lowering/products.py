@@ -1,6 +1,7 @@
 """What format a product in a graph really has, read from the graph and nothing else."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -8,7 +9,7 @@ from torch import fx
 
 from precision_compiler.facts import facts_of
 from precision_compiler.formats import format_of_dtype
-from precision_compiler.graph import aten, contraction_rule, value_of
+from precision_compiler.graph import aten, base_name, contraction_rule, value_of
 from precision_compiler.kernels import block_gemm, scaled_gemm  # noqa: F401 - registers them
 from precision_compiler.lowering.tf32 import TF32_MATMUL
 from precision_compiler.sites import rounded_arguments
@@ -26,6 +27,36 @@ _BLOCK_FORMATS: Mapping[tuple[torch.dtype, torch.dtype], str] = MappingProxyType
     }
 )
 """Block formats by the dtypes of elements and scales."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product or attention of a graph.
+
+    Attributes:
+        site: the site it carries out.
+        format: of its operands, as their dtypes and scales say.
+        operation: base name of what computes it.
+    """
+
+    site: str
+    format: str
+    operation: str
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """A training graph as a GPU would run it.
+
+    Attributes:
+        module: the graph, on GPU tensors without contents.
+        products: what carries out each contraction site.
+        notes: what was left to emulation, and why.
+    """
+
+    module: fx.GraphModule
+    products: tuple[Product, ...]
+    notes: tuple[str, ...]
 
 
 def format_of_product(node: fx.Node) -> str | None:
@@ -49,14 +80,14 @@ def format_of_product(node: fx.Node) -> str | None:
     return "*".join(dict.fromkeys(names))
 
 
-def product_formats(graph: fx.Graph) -> dict[str, str]:
-    """Format of every product that carries out a site, by the site's name."""
-    found = {}
+def products_of(graph: fx.Graph) -> tuple[Product, ...]:
+    """Every product that carries out a site, in the graph's order."""
+    found = []
     for node in graph.nodes:
         facts, fmt = facts_of(node), format_of_product(node)
         if fmt is not None and facts is not None:
-            found[facts.site or facts.name] = fmt
-    return found
+            found.append(Product(facts.site or facts.name, fmt, base_name(node.target)))
+    return tuple(found)
 
 
 def _dtype(argument: object) -> torch.dtype:

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from precision_compiler.graph import aten, insert_call, refresh
+from precision_compiler.graph import aten, insert_call, refresh, shape_of
 from precision_compiler.joint import JointGraph
 
 _ON_CPU = aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -21,7 +21,7 @@ def on_gpu(joint: JointGraph) -> JointGraph:
 
     Torch's own rules for devices (the layouts and sizes that scaled products take, for example)
     then hold for whatever passes put into it. Fused attention is the operation that torch takes
-    for float32 on GPUs.
+    for float32 on GPUs; with grouped heads, for which it has none, it stays the one on the CPU.
     """
     copy = joint.copy()
     graph = copy.module.graph
@@ -32,9 +32,11 @@ def on_gpu(joint: JointGraph) -> JointGraph:
             node.meta["val"] = torch.utils._pytree.tree_map(_moved, node.meta["val"])
     state: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=_ON_CPU):
-        state[node] = _forward_on_gpu(node)
+        if shape_of(node.args[0])[1] == shape_of(node.args[1])[1]:
+            state[node] = _forward_on_gpu(node)
     for node in graph.find_nodes(op="call_function", target=_ON_CPU_BACKWARD):
-        _backward_on_gpu(node, state)
+        if shape_of(node.args[1])[1] == shape_of(node.args[2])[1]:
+            _backward_on_gpu(node, state)
     copy.module.recompile()
     return copy
 

@@ -14,7 +14,7 @@ from precision_compiler.cli import main
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "demo", "plan", "pareto", "show", "report", "explain", "diff", "export", "targets",
-    "selftest",
+    "lower", "selftest",
 )  # fmt: skip
 WORKLOAD = """
 import torch
@@ -151,6 +151,20 @@ def test_diff_of_different_plans_is_1(
     record = json.loads(capsys.readouterr().out)
     assert record["same_graph"]
     assert "fc.wgrad" in {change["site"] for change in record["sites"]}
+
+
+def test_lower_lists_products_and_writes_the_graph(
+    session: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "graph.txt"
+    made = [f"{session}/train.py:workload", f"{session}/plan.json", "-o", str(written)]
+    assert main(["lower", *made]) == 0
+    printed = capsys.readouterr().out
+    plan = precision_compiler.Plan.load(session / "plan.json")
+    formats = {choice.format for choice in plan.sites.values() if choice.kind == "contraction"}
+    assert all(fmt in printed for fmt in formats)
+    assert "tf32_matmul" in printed
+    assert "cuda:0" in written.read_text()
 
 
 def test_export_writes_a_model(

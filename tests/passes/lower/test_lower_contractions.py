@@ -10,7 +10,7 @@ from precision_compiler.budget import Budget
 from precision_compiler.formats import CHOICES
 from precision_compiler.graph import shape_of
 from precision_compiler.journal import Journal
-from precision_compiler.lowering.products import BLOCK_GEMM, SCALED_GEMM, SCALED_MM, product_formats
+from precision_compiler.lowering.products import BLOCK_GEMM, SCALED_GEMM, SCALED_MM, products_of
 from precision_compiler.lowering.relocate import on_gpu
 from precision_compiler.lowering.tf32 import TF32_MATMUL
 from precision_compiler.passes import EMULATE, REWRITE
@@ -56,6 +56,10 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
 
 
+def formats_of(module_graph: fx.Graph) -> dict[str, str]:
+    return {product.site: product.format for product in products_of(module_graph)}
+
+
 def calls(unit: Unit, target: object) -> list[fx.Node]:
     return [node for node in unit.joint.module.graph.nodes if node.target is target]
 
@@ -70,7 +74,7 @@ def test_product_has_the_format_and_the_numbers_of_its_emulation(
 ) -> None:
     described = f"{HEAD} | a = mm x w | b = addmm v x w | return a b"
     unit = lowered(described, {"a": fmt, "b": fmt}, architecture)
-    assert list(product_formats(unit.joint.module.graph).values()) == [fmt, fmt]
+    assert list(formats_of(unit.joint.module.graph).values()) == [fmt, fmt]
     for found, expected in both(described, {"a": fmt, "b": fmt}, architecture):
         close(found, expected)
 
@@ -131,7 +135,7 @@ def test_batches_of_tf32_products_are_lowered() -> None:
     described = "x:f32[2,16,32] w:f32[2,32,16] | a = bmm x w | return a"
     unit = lowered(described, {"a": "tf32"}, "sm_90")
     assert len(calls(unit, TF32_MATMUL)) == 1
-    assert list(product_formats(unit.joint.module.graph).values()) == ["tf32"]
+    assert list(formats_of(unit.joint.module.graph).values()) == ["tf32"]
 
 
 def test_on_the_cpu_nothing_is_lowered() -> None:
@@ -169,7 +173,7 @@ def test_a_lowered_training_step_computes_the_emulated_gradients(model: str, fmt
             joint, None, Budget.parse(1.0), Journal(), assignment=assignment, architecture="sm_100"
         )
         Pipeline(passes, given=frozenset({"assignment"})).run(unit)
-    formats = product_formats(lowered_joint.module.graph)
+    formats = formats_of(lowered_joint.module.graph)
     assert {name: formats[name] for name in assignment} == assignment
     _, wanted = gradients_of(found, emulated_joint.module)
     _, actual = gradients_of(found, lowered_joint.module, run=lowered_run.run)

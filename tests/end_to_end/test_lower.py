@@ -1,0 +1,84 @@
+"""Plans for GPUs become graphs whose every product has the planned format; no GPU is needed."""
+
+from collections.abc import Mapping
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+import precision_compiler
+from precision_compiler.lowering.products import Lowered
+from precision_compiler.plan import Plan
+from tests.models import Llama, made, planned
+
+WIDTH, LENGTH, WORDS = 2048, 1024, 5003  # of which none divides the vocabulary
+
+
+class Decoder(nn.Module):
+    """Two layers as in Llama, wide enough for narrow products to pay; its head fits nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.layers = nn.Sequential(*(Llama(WIDTH, 16, 4, LENGTH) for _ in range(2)))
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits = self.head(self.layers(self.embed(tokens[:, :-1])))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@cache
+def lowered(target: str, budget: float) -> tuple[Plan, Lowered]:
+    with torch.device("meta"):
+        model, tokens = Decoder(), torch.zeros(4, LENGTH + 1, dtype=torch.int64)
+    plan = precision_compiler.make_plan(model, tokens, target=target, budget=budget)
+    return plan, precision_compiler.lower(model, tokens, plan)
+
+
+def contractions(plan: Plan) -> Mapping[str, str]:
+    sites = plan.sites.items()
+    return {name: choice.format for name, choice in sites if choice.kind == "contraction"}
+
+
+@pytest.mark.parametrize(
+    ("target", "budget", "narrow"),
+    [
+        ("h100", 0.15, {"e4m3"}),
+        ("b200", 0.15, {"mxfp8"}),
+        ("b200", 0.6, {"mxfp4", "nvfp4"}),
+        ("mi300x", 0.15, {"e4m3fnuz"}),
+        ("mi355x", 0.4, {"mxfp4"}),
+    ],
+)
+def test_every_product_has_exactly_the_planned_format(
+    target: str, budget: float, narrow: set[str]
+) -> None:
+    plan, found = lowered(target, budget)
+    assert {product.site: product.format for product in found.products} == contractions(plan)
+    assert len(found.products) == len(contractions(plan))
+    assert narrow & set(contractions(plan).values())
+    assert found.notes == ()
+
+
+def test_what_breaks_alignment_is_filled_up_or_kept_wide_with_the_reason() -> None:
+    plan, found = lowered("h100", 0.15)
+    assert contractions(plan)["head.fprop"] == "e4m3"
+    (product,) = (p for p in found.products if p.site == "head.fprop")
+    assert product.operation == "_scaled_mm"
+    filled = [
+        node.meta["val"].shape
+        for node in found.module.graph.nodes
+        if "_scaled_mm" in str(node.target) and 5008 in node.meta["val"].shape
+    ]
+    assert filled  # 5003 words in rows of 16
+    blocks, _ = lowered("b200", 0.15)
+    option = blocks.sites["head.dgrad"].options["mxfp8"]
+    assert option.veto == "support: the sum over 5003 elements does not divide into blocks of 32"
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    case = made("llama")
+    with pytest.raises(precision_compiler.PlanMismatch, match="the plan has a site"):
+        precision_compiler.lower(case.model, case.batch, planned("gpt"), loss=case.loss)
