@@ -18,6 +18,8 @@ from precision_compiler.passes.cost.price_contractions import PriceContractions
 from precision_compiler.passes.cost.price_traffic import PriceTraffic
 from precision_compiler.passes.lower.emulate_formats import EmulateFormats
 from precision_compiler.passes.lower.lower_contractions import LowerContractions
+from precision_compiler.passes.lower.place_kernels import PlaceKernels
+from precision_compiler.passes.lower.spell_out_operands import SpellOutOperands
 from precision_compiler.passes.rewrite.fold_casts import FoldCasts
 from precision_compiler.passes.rewrite.insert_casts import InsertCasts
 from precision_compiler.passes.rewrite.sink_casts import SinkCasts
@@ -49,6 +51,8 @@ REWRITE: tuple[Pass, ...] = (
     SinkCasts(),
     FoldCasts(),
     LowerContractions(),
+    PlaceKernels(),
+    SpellOutOperands(),
     EmulateFormats(),
 )
 """From an assignment to the graph that runs."""

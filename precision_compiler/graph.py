@@ -147,6 +147,11 @@ def is_movement(node: fx.Node) -> bool:
     return node.target in _COPIES or _aliases(node.target)
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether a node shows the very elements of its first argument, copying nothing."""
+    return is_movement(node) and _aliases(node.target)
+
+
 def root_of(node: fx.Node) -> fx.Node:
     """The node that computed the elements which ``node`` shows, past views and copies."""
     while is_movement(node):

@@ -22,7 +22,6 @@ from precision_compiler.graph import (
     value_of,
 )
 from precision_compiler.lowering import packing
-from precision_compiler.lowering.inlining import Inliner
 from precision_compiler.lowering.products import (
     BLOCK_GEMM,
     SCALED_GEMM,
@@ -48,9 +47,9 @@ class LowerContractions:
        operands, which cuBLAS lacks, are the kernel ``scaled_gemm``.
     3. mxfp8, mxfp4 and nvfp4 are ``aten._scaled_mm`` with block scales in cuBLAS's order; on AMD,
        which has another, the kernel ``block_gemm``.
-    4. Largest magnitudes, scales and casts are plain operations, which Inductor fuses into what
-       makes the tensor: one scale per (tensor, format), one copy of the elements per operand with
-       the summed axis last, shared by all products that read it so.
+    4. Operands are calls of ``lowering.packing``, which later passes replace: one scale per
+       (tensor, format), one copy of the elements per operand with the summed axis last, shared by
+       all products that read it so.
     5. Sums and the right operand's rows are filled up with zeros to what the kernel asks for, and
        the result is cut.
     6. The result comes in the narrower dtype that it is stored in if nothing else reads it, else
@@ -76,15 +75,16 @@ class LowerContractions:
                 unit.journal.note(self.name, f"{name} is emulated in {fmt}: {reason}")
             else:
                 lowering.lower(node, name, fmt)
-        return bool(lowering.made)
+        return lowering.done
 
 
 class _Lowering:
     """One lowering of one graph."""
 
     def __init__(self, graph: fx.Graph, amd: bool) -> None:
-        self.graph, self.amd, self.inliner = graph, amd, Inliner(graph)
+        self.graph, self.amd = graph, amd
         self.made: dict[tuple[object, ...], list[fx.Node]] = {}
+        self.done = False
 
     def lower(self, node: fx.Node, name: str, fmt: str) -> None:
         """Replace one product."""
@@ -96,7 +96,7 @@ class _Lowering:
             product, factors = self._block_product(node, fmt, dtype)
         else:
             product = self._tensor_product(node, fmt, dtype)
-        self.made[product,] = [product]
+        self.done = True
         found = format_of_product(product)
         if found != fmt:
             raise VerifyError(f"{name} multiplies {found} where the plan has {fmt}")
@@ -106,8 +106,9 @@ class _Lowering:
     def _tensor_product(self, node: fx.Node, fmt: str, dtype: torch.dtype) -> fx.Node:
         elements, scales = [], []
         for operand, is_right in zip(operand_nodes(node), (False, True), strict=True):
-            encode, decode = self._once(packing.tensor_scale, root_of(operand), (fmt,))
-            elements += self._once(packing.tensor_operand, operand, (fmt, is_right), encode)
+            encode, decode = self._once(packing.tensor_scale, root_of(operand), (), (fmt,))
+            options = (fmt, is_right)
+            elements += self._once(packing.tensor_operand, operand, (encode,), options)
             scales.append(decode)
         if fmt != "e5m2":
             return self._scaled_mm(elements, scales, dtype, node)
@@ -120,7 +121,7 @@ class _Lowering:
         """The product, and what its result is still to be multiplied by."""
         operands = zip(operand_nodes(node), (False, True), strict=True)
         parts = [
-            self._once(packing.block_operand, operand, (fmt, is_right, not self.amd))
+            self._once(packing.block_operand, operand, (), (fmt, is_right, not self.amd))
             for operand, is_right in operands
         ]
         (left, left_scales, left_whole), (right, right_scales, right_whole) = parts
@@ -171,15 +172,27 @@ class _Lowering:
         self,
         function: Callable[..., Any],
         tensor: fx.Node,
+        further: tuple[fx.Node, ...],
         options: tuple[object, ...],
-        *further: fx.Node,
     ) -> list[fx.Node]:
         """What a function makes of a tensor, one time for each (elements, view, options)."""
         key = (function, *_view_of(tensor), *options)
         if key not in self.made:
-            args = (tensor, *further)
-            self.made[key] = self.inliner.inline(function, args, options, like=root_of(tensor))
+            root = root_of(tensor)
+            call = insert_call(
+                self.graph, function, (tensor, *further, *options),
+                after=max([tensor, *further]), like=root,
+            )  # fmt: skip
+            self.made[key] = [call] if value_of(call) is not None else self._parts(call)
         return self.made[key]
+
+    def _parts(self, call: fx.Node) -> list[fx.Node]:
+        parts: list[fx.Node] = []
+        for index in range(len(call.meta["val"])):
+            last = parts[-1] if parts else call
+            made = insert_call(self.graph, operator.getitem, (call, index), after=last, like=call)
+            parts.append(made)
+        return parts
 
     def _call(self, target: Any, args: Sequence[Any], like: fx.Node) -> fx.Node:
         after = max([like, *(argument for argument in args if isinstance(argument, fx.Node))])

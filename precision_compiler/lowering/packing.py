@@ -126,6 +126,21 @@ def in_blocks(scales: torch.Tensor) -> torch.Tensor:
     return tiles.permute(0, 3, 2, 1, 4).reshape(-1)
 
 
+def blocked_scales(codes: torch.Tensor) -> torch.Tensor:
+    """E8m0 codes (rows, blocks), uint8, as scales in cuBLAS's order, see ``in_blocks``."""
+    return _in_rows(in_blocks(codes)).view(torch.float8_e8m0fnu)
+
+
+def row_scales(codes: torch.Tensor) -> torch.Tensor:
+    """E8m0 codes (rows, blocks), uint8, as scales in the same order."""
+    return codes.view(torch.float8_e8m0fnu)
+
+
+def no_scale(like: torch.Tensor) -> torch.Tensor:
+    """The scale of a whole tensor that has none: 1, a single float32 number."""
+    return like.new_ones((), dtype=torch.float32)
+
+
 def _with_sum_last(x: torch.Tensor, multiple: int, right: bool) -> torch.Tensor:
     rows = x.t() if right else x
     missing = -rows.shape[1] % multiple

@@ -16,6 +16,7 @@ from precision_compiler.lowering.tf32 import TF32_MATMUL
 from precision_compiler.passes import EMULATE, REWRITE
 from precision_compiler.passes.lower.emulate_formats import EmulateFormats
 from precision_compiler.passes.lower.lower_contractions import LowerContractions
+from precision_compiler.passes.lower.spell_out_operands import SpellOutOperands
 from precision_compiler.passes.rewrite.insert_casts import InsertCasts
 from precision_compiler.pipeline import Pipeline, Unit
 from precision_compiler.replay import gradients_of, relative_error
@@ -37,7 +38,7 @@ def lowered(described: str, assignment: dict[str, str], architecture: str = "sm_
     """A graph on a GPU without contents, with casts inserted and products lowered."""
     unit = unit_of(graph(described), assignment)
     unit.joint, unit.architecture = on_gpu(unit.joint), architecture
-    passes = (InsertCasts(), LowerContractions())
+    passes = (InsertCasts(), LowerContractions(), SpellOutOperands())
     Pipeline(passes, given=frozenset({"assignment"})).run(unit)
     return unit
 
