@@ -112,7 +112,7 @@ def test_one_kernel_makes_both_orientations_and_the_emulated_numbers(
     captured = found(name)
     unit = lowered(captured, store)
     assert kernels(unit) == [kernel]
-    assert "1 kernels quantise what they compute" in notes(unit)
+    assert "1 tensors are quantised by the kernel" in notes(unit)
     graph = unit.joint.module.graph
     (call,) = graph.find_nodes(op="call_function", target=kernel)
     assert {user.args[1] for user in call.users} == {0, 1, 2, 3}
