@@ -95,7 +95,7 @@ class PrecisionBackend:
             joint = trace_joint(module, inputs)
             if joint.inference:
                 return _compile(module, inputs, {})
-            self.plan = plan_for(captured_alone(joint), as_target(self.target), self.budget)
+            self.plan = plan_for(captured_alone(joint), as_target(self.target, inputs), self.budget)
         parameters = [isinstance(value, nn.Parameter) for value in inputs]
         names = input_names(module)
         hook = _Rewrite(self.plan, names, parameters, not self._compiled, self.passes)
@@ -181,7 +181,8 @@ def compile(
         check_plan(plan, capture(model, batch, loss).joint.sites)
     elif plan is None and batch is not None:
         captured = capture(model, batch, loss)
-        decision = decide(captured, as_target(target), Budget.parse(budget))
+        machine = as_target(target, model.parameters())
+        decision = decide(captured, machine, Budget.parse(budget))
         plan = decision.plan(_trial(model, batch, loss, decision) if trial else None)
     elif plan is None:
         as_target(target)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from precision_compiler.budget import Budget
@@ -164,13 +165,18 @@ def measure_error(
     return Truth(captured, zero).measure(plan.assignment, predicted, sigma)
 
 
-def as_target(target: str | Target) -> Target:
-    """A target itself, or the one with that name.
+def as_target(target: str | Target, tensors: Iterable[Any] = ()) -> Target:
+    """A target itself, or the one with that name; "auto" is where the tensors are.
 
     Raises:
         TargetError: there is none.
     """
-    return target if isinstance(target, Target) else Target.load(target)
+    if isinstance(target, Target):
+        return target
+    devices = {tensor.device.type for tensor in tensors if isinstance(tensor, torch.Tensor)}
+    if target == "auto" and devices & {"cpu", "cuda"}:
+        return Target.load("cuda" if "cuda" in devices else "cpu")
+    return Target.load(target)
 
 
 @dataclass(frozen=True)
@@ -270,7 +276,7 @@ def _opened(
     """What all planning begins with; a wrong budget or target is told before the capture."""
     wanted = Budget.parse(budget)
     progress("Load the target")
-    machine = as_target(target)
+    machine = as_target(target, model.parameters())
     progress("Capture the joint forward and backward graph")
     return capture(model, batch, loss), machine, wanted
 

@@ -7,6 +7,7 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from precision_compiler.errors import TargetError
@@ -113,11 +114,20 @@ class Target:
     def load(name: str) -> "Target":
         """Return a target by name, from a TOML file's path, or "auto" for the machine at hand.
 
+        "auto" is the GPU where there is one, else the CPU; "cpu" and "cuda" say which.
+
         Raises:
             TargetError: it is unknown, or the file holds a wrong key or value.
         """
-        if name in ("auto", "cpu"):
-            return _this_machine()
+        if name == "auto":
+            return _this_machine("cuda" if torch.cuda.is_available() else "cpu")
+        if name == "cuda" and not torch.cuda.is_available():
+            raise TargetError(
+                "target cuda is the GPU at hand, and torch finds none: name a shipped target such "
+                "as h100 to plan for one"
+            )
+        if name in ("cpu", "cuda"):
+            return _this_machine(name)
         with resources.as_file(resources.files("precision_compiler") / "targets") as folder:
             if name.endswith(SUFFIX):
                 return _read(Path(name), folder)
@@ -254,15 +264,20 @@ def _sorted(table: Table) -> Table:
     }
 
 
-def _this_machine() -> Target:
-    """The CPU, measured now or read from the cache of an earlier measurement."""
-    machine = measured_machine()
+def _this_machine(device: str) -> Target:
+    """The CPU or GPU, measured now or read from the cache of an earlier measurement."""
+    machine = measured_machine(device=device)
     source = f"measured on this machine, {machine.threads} threads"
     rates = {fmt: FormatRate(rate, 1.0, source) for fmt, rate in machine.matmul_flops.items()}
+    kind: Literal["cpu", "cuda", "rocm"] = "cpu"
+    capability = ""
+    if device != "cpu":
+        kind, capability = _gpu_at_hand()
     return Target(
-        name="cpu",
+        name=device,
         description=machine.description,
-        device="cpu",
+        device=kind,
+        compute_capability=capability,
         bandwidth=machine.traffic.bandwidth,
         bandwidth_fraction=1.0,
         launch_seconds=machine.launch_seconds,
@@ -270,6 +285,15 @@ def _this_machine() -> Target:
         source=source,
         machine=machine,
     )
+
+
+def _gpu_at_hand() -> tuple[Literal["cuda", "rocm"], str]:
+    """What the GPU is to software, and its capability or architecture."""
+    if torch.version.hip:
+        name: str = torch.cuda.get_device_properties(0).gcnArchName
+        return "rocm", name.split(":")[0]
+    major, minor = torch.cuda.get_device_capability()
+    return "cuda", f"{major}.{minor}"
 
 
 _ADAPTER: TypeAdapter[Target] = TypeAdapter(Target)

@@ -4,7 +4,6 @@ import copy
 import gc
 import hashlib
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from precision_compiler.calling import Loss, call_model, left_as_it_was, loss_of
-from precision_compiler.measure import Machine, layout_key
+from precision_compiler.measure import Machine, layout_key, timed
 from precision_compiler.outcomes import Trial
 
 MARGIN = 0.02
@@ -63,7 +62,8 @@ def run_trial(
             return None
         steps = {label: _step(compiled(twins.pop(label), label), batch, loss) for label in keys}
         with left_as_it_was(model):
-            machine.keep({keys[label]: value for label, value in _alternate(steps).items()})
+            found = _alternate(steps, machine.device)
+            machine.keep({keys[label]: value for label, value in found.items()})
         del steps
         gc.collect()
     seconds = {label: machine.cases[key] for label, key in keys.items()}
@@ -94,7 +94,7 @@ def _step(model: nn.Module, batch: Any, loss: Loss | None) -> Callable[[], None]
     return run
 
 
-def _alternate(steps: Mapping[str, Callable[[], None]]) -> dict[str, float]:
+def _alternate(steps: Mapping[str, Callable[[], None]], device: str) -> dict[str, float]:
     """Median seconds of every step, all run in turn."""
     for step in steps.values():
         for _ in range(_UNTIMED):
@@ -104,7 +104,5 @@ def _alternate(steps: Mapping[str, Callable[[], None]]) -> dict[str, float]:
         if turn >= _FEWEST_TURNS and all(sum(found) > _ENOUGH for found in times.values()):
             break
         for label, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[label].append(time.perf_counter() - start)
+            times[label].append(timed(step, 1, device))
     return {label: statistics.median(found) for label, found in times.items()}

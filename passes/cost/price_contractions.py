@@ -11,10 +11,13 @@ from torch import fx
 
 from precision_compiler.formats import CHOICES
 from precision_compiler.graph import contraction_rule, is_matrix_product, shape_of, value_of
+from precision_compiler.lowering.support import reason_against_product
 from precision_compiler.measure import Machine, layout_key, random_like
 from precision_compiler.pipeline import Numerics, Unit
+from precision_compiler.scaled_calls import KINDS, scaled_call
 from precision_compiler.sites import operand_nodes, output_nodes, rounded_arguments
 from precision_compiler.target import Target
+from precision_compiler.tf32 import TF32_MATMUL
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class PriceContractions:
     2. On this machine: the very call (operation, sizes, strides, dtype) is timed, all formats
        in turn, and kept on disk. Formats that a square matmul shows to be slower than float32
        are not timed, which would take longer than it tells: they cost as many times the float32
-       call as they are slower there.
+       call as they are slower there. On a GPU products in scaled formats are timed as
+       ``aten._scaled_mm`` on operands in the format; quantising them is priced with the casts.
     """
 
     name: ClassVar[str] = "price-contractions"
@@ -56,16 +60,17 @@ class PriceContractions:
         cases: dict[str, Callable[[], Any]] = {}
         for name, node in sites.items():
             for fmt in formats:
-                key, case = _case(node, fmt)
-                keys[name, fmt] = key
-                cases.setdefault(key, case)
+                found = _case(node, fmt, machine.device)
+                if found is not None:
+                    keys[name, fmt], case = found
+                    cases.setdefault(keys[name, fmt], case)
         known = len(set(cases) & set(machine.cases))
         seconds = machine.seconds(cases)
         slower = {fmt: slowest / rate for fmt, rate in machine.matmul_flops.items()}
         unit.contraction_prices = {
             name: {
                 fmt: seconds[keys[name, fmt]]
-                if fmt in formats
+                if (name, fmt) in keys
                 else seconds[keys[name, "fp32"]] * slower[fmt]
                 for fmt in prices
             }
@@ -97,9 +102,18 @@ def roofline(node: fx.Node, fmt: str, target: Target) -> float:
     return target.contraction_seconds(flops, size, fmt)
 
 
-def _case(node: fx.Node, fmt: str) -> tuple[str, Callable[[], Any]]:
-    """The call of ``node`` in a format on random tensors, and the text that identifies it."""
-    dtype = CHOICES[fmt].dtype
+def _case(node: fx.Node, fmt: str, device: str) -> tuple[str, Callable[[], Any]] | None:
+    """The call of ``node`` in a format on random tensors, and the text that identifies it.
+
+    None where no kernel computes it in that format.
+    """
+    dtype, target = CHOICES[fmt].dtype, node.target
+    if CHOICES[fmt].scaled:
+        return _scaled_case(node, fmt, device)
+    if fmt == "tf32":
+        if not is_matrix_product(node):
+            return None
+        dtype, target = torch.float32, TF32_MATMUL
     assert dtype is not None
     rounded = set(rounded_arguments(node).values())
 
@@ -110,11 +124,26 @@ def _case(node: fx.Node, fmt: str) -> tuple[str, Callable[[], Any]]:
         own = dtype if argument in rounded else value.dtype
         return value.to(own)
 
-    args = fx.node.map_arg(node.args, like)
-    kwargs = fx.node.map_arg(node.kwargs, like)
+    given = node.args if target is node.target else tuple(operand_nodes(node))
+    args = fx.node.map_arg(given, like)
+    kwargs = fx.node.map_arg(node.kwargs if target is node.target else {}, like)
     leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-    key = f"{node.target} {layout_key(leaves)}"
-    return key, partial(_LazyCall(node.target, args, kwargs))
+    key = f"{target} {layout_key(leaves)}"
+    return key, partial(_LazyCall(target, args, kwargs))
+
+
+def _scaled_case(node: fx.Node, fmt: str, device: str) -> tuple[str, Callable[[], Any]] | None:
+    if fmt not in KINDS or reason_against_product(node, fmt, ""):
+        return None
+    (m, k), n = shape_of(operand_nodes(node)[0]), shape_of(operand_nodes(node)[1])[1]
+    made: list[Callable[[], Any]] = []
+
+    def call() -> Any:
+        if not made:
+            made.append(scaled_call(m, n, k, fmt, device))
+        return made[0]()
+
+    return f"scaled {fmt} {m} {n} {k}", call
 
 
 class _LazyCall:

@@ -85,7 +85,7 @@ class PriceTraffic:
             if name in nodes
         )
         unit.fixed_seconds += len(fused) * unit.target.launch_seconds
-        if unit.target.machine is not None:
+        if unit.target.device == "cpu" and unit.target.machine is not None:
             known = (nodes[name] for kernel in fused for name in kernel.nodes if name in nodes)
             unit.fixed_seconds += arithmetic_seconds(
                 [*filter(is_fused, known)], unit.target.machine

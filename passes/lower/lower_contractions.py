@@ -29,10 +29,10 @@ from precision_compiler.lowering.products import (
     format_of_product,
 )
 from precision_compiler.lowering.support import reason_against_product
-from precision_compiler.lowering.tf32 import TF32_MATMUL
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.problem import fixes_result
 from precision_compiler.sites import named_nodes, operand_nodes
+from precision_compiler.tf32 import TF32_MATMUL
 
 
 @dataclass(frozen=True)

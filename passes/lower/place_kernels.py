@@ -67,7 +67,8 @@ class PlaceKernels:
         )
         placed = reasons.pop("", 0)
         if placed:
-            unit.journal.note(self.name, f"{placed} tensors are quantised by the kernel that makes them")
+            note = f"{placed} tensors are quantised by the kernel that makes them"
+            unit.journal.note(self.name, note)
         for reason, count in reasons.items():
             unit.journal.note(self.name, f"{count} tensors are quantised apart: {reason}")
         return placed > 0

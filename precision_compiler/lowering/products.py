@@ -11,8 +11,8 @@ from precision_compiler.facts import facts_of
 from precision_compiler.formats import format_of_dtype
 from precision_compiler.graph import aten, base_name, contraction_rule, value_of
 from precision_compiler.kernels import block_gemm, scaled_gemm  # noqa: F401 - registers them
-from precision_compiler.lowering.tf32 import TF32_MATMUL
 from precision_compiler.sites import rounded_arguments
+from precision_compiler.tf32 import TF32_MATMUL
 
 SCALED_MM = aten._scaled_mm.default
 SCALED_GEMM = torch.ops.precision_compiler.scaled_gemm.default

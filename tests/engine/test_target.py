@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from precision_compiler import measure
+from precision_compiler.compiler import as_target
 from precision_compiler.errors import TargetError
 from precision_compiler.formats import CHOICES
 from precision_compiler.measure import (
@@ -220,15 +221,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Measurements that take no time, and a list of what was measured."""
     taken: list[str] = []
 
-    def rates() -> dict[str, float]:
+    def rates(device: str, side: int) -> dict[str, float]:
         taken.append("rates")
         return {"fp32": 1e11, "bf16": 3e11, "fp16": 1e10}
 
-    def stream() -> Traffic:
+    def stream(device: str) -> Traffic:
         taken.append("bandwidth")
         return TRAFFIC
 
-    monkeypatch.setattr(measure, "_matmul_flops", rates)
+    monkeypatch.setattr(measure, "matmul_flops", rates)
     monkeypatch.setattr(measure, "_traffic", stream)
     return taken
 
@@ -310,12 +311,32 @@ def test_this_machine_is_a_target(
     tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = measured_machine(tmp_path)
-    monkeypatch.setattr("precision_compiler.target.measured_machine", lambda: found)
+    monkeypatch.setattr("precision_compiler.target.measured_machine", lambda device: found)
     for name in ("auto", "cpu"):
         target = Target.load(name)
         assert target.name == "cpu"
         assert target.machine is found
         assert target.formats["bf16"].flops == 3e11
+    assert quick
+
+
+def test_the_gpu_at_hand_is_asked_for_where_there_is_none() -> None:
+    with pytest.raises(TargetError, match="torch finds none: name a shipped target"):
+        Target.load("cuda")
+
+
+def test_a_gpu_at_hand_is_a_target_of_its_architecture(
+    tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = replace(measured_machine(tmp_path), device="cuda")
+    monkeypatch.setattr("precision_compiler.target.measured_machine", lambda device: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for name in ("auto", "cuda"):
+        target = Target.load(name)
+        assert (target.name, target.device, target.architecture) == ("cuda", "cuda", "sm_90")
+        assert target.machine is found
+    assert as_target("auto", [torch.ones(1)]).name == "cpu"  # where the model is
     assert quick
 
 

@@ -12,7 +12,6 @@ from precision_compiler.graph import shape_of
 from precision_compiler.journal import Journal
 from precision_compiler.lowering.products import BLOCK_GEMM, SCALED_GEMM, SCALED_MM, products_of
 from precision_compiler.lowering.relocate import on_gpu
-from precision_compiler.lowering.tf32 import TF32_MATMUL
 from precision_compiler.passes import EMULATE, REWRITE
 from precision_compiler.passes.lower.emulate_formats import EmulateFormats
 from precision_compiler.passes.lower.lower_contractions import LowerContractions
@@ -21,6 +20,7 @@ from precision_compiler.passes.rewrite.insert_casts import InsertCasts
 from precision_compiler.pipeline import Pipeline, Unit
 from precision_compiler.replay import gradients_of, relative_error
 from precision_compiler.sites import operand_nodes
+from precision_compiler.tf32 import TF32_MATMUL
 from tests import lowered_run
 from tests.helpers import graph, rewrite, unit_of
 from tests.models import captured
