@@ -8,12 +8,17 @@ from pathlib import Path
 from rich.console import Console
 
 from precision_compiler import Plan, Target, export_onnx, make_frontier, make_plan
-from precision_compiler.cli_common import WORKLOAD, require_folder, spinner
+from precision_compiler.cli_common import (
+    WORKLOAD,
+    add_overrides,
+    overrides_of,
+    require_folder,
+    spinner,
+)
 from precision_compiler.cli_gpu import add_lower, add_selftest
-from precision_compiler.cli_plans import add_diff, add_report, add_show
+from precision_compiler.cli_plans import add_diff, add_edit, add_report, add_show
 from precision_compiler.demo import Demo, run_demo
 from precision_compiler.errors import PrecisionError
-from precision_compiler.overrides import read_overrides
 from precision_compiler.report.explanation import show_explanation
 from precision_compiler.report.frontier import draw_frontier, show_frontier
 from precision_compiler.report.show import show_plan
@@ -75,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add_report(commands)
     _add_explain(commands)
     add_diff(commands)
+    add_edit(commands)
     _add_export(commands)
     _add_targets(commands)
     add_lower(commands)
@@ -135,14 +141,7 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--learning-rate", type=float, metavar="LR",
         help="of the training: warns of updates that narrow weights would lose",
     )  # fmt: skip
-    parser.add_argument(
-        "--override", action="append", default=[], metavar="GLOB=FORMAT",
-        help="a format to insist on, such as 'blocks.*.fc.wgrad=bf16'; may be given often",
-    )  # fmt: skip
-    parser.add_argument(
-        "--overrides", type=Path, metavar="FILE",
-        help="a TOML file of them, lines such as \"blocks.*.fc.wgrad\" = \"bf16\"",
-    )  # fmt: skip
+    add_overrides(parser)
     parser.add_argument(
         "--sibling", type=Path, metavar="PLAN",
         help="plan of a smaller model of the same kind, to take the errors from, for models on the "
@@ -253,7 +252,7 @@ def _plan(options: argparse.Namespace) -> None:
             learning_rate=options.learning_rate,
             activation_memory=options.activation_memory,
             sibling=None if options.sibling is None else Plan.load(options.sibling),
-            overrides=_overrides(options),
+            overrides=overrides_of(options),
             progress=report,
         )
     plan.save(options.output)
@@ -313,16 +312,6 @@ def _targets(options: argparse.Namespace) -> None:
     with spinner("measuring this machine"):
         targets = [Target.load(name) for name in Target.names()]
     show_targets(targets, Console())
-
-
-def _overrides(options: argparse.Namespace) -> dict[str, str]:
-    found = {} if options.overrides is None else read_overrides(options.overrides)
-    for text in options.override:
-        pattern, equals, fmt = text.rpartition("=")
-        if not equals or not pattern:
-            raise PrecisionError(f"--override {text}: write GLOB=FORMAT, such as 'head.*=fp32'")
-        found[pattern.strip()] = fmt.strip()
-    return found
 
 
 def _positive(text: str) -> int:

@@ -7,13 +7,16 @@ from typing import Any
 
 from rich.console import Console
 
-from precision_compiler.cli_common import require_folder
+from precision_compiler.cli_common import add_overrides, overrides_of, require_folder, spinner
+from precision_compiler.compiler import measure_error
+from precision_compiler.errors import PrecisionError
 from precision_compiler.plan import Plan
 from precision_compiler.report.diff import compare, show_difference
 from precision_compiler.report.html import write_report
 from precision_compiler.report.places import GROUPINGS
 from precision_compiler.report.show import flags_table, show_plan, sites_table, totals_view
 from precision_compiler.report.summary import groups_table, summary
+from precision_compiler.workload import load_workload
 
 
 def add_show(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -71,6 +74,29 @@ def add_diff(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.set_defaults(command=_diff)
 
 
+def add_edit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The command that changes a plan."""
+    parser = commands.add_parser(
+        "edit",
+        help="insist on formats in a plan and decide the rest anew",
+        description="Writes a plan with the formats that you insist on, everything else decided "
+        "anew from what the plan was decided on: no model is needed, nothing is measured. With "
+        "--verify its gradient error is measured on a batch.",
+        epilog="example: precision-compiler edit plan.json --override 'head.*=fp32' -o edited.json",
+    )
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan.json")
+    add_overrides(parser)
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("edited.json"), metavar="FILE",
+        help="where to write the plan (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--verify", metavar="WORKLOAD",
+        help="measure the edited plan's gradient error on this workload's first batch",
+    )  # fmt: skip
+    parser.set_defaults(command=_edit)
+
+
 def _show(options: argparse.Namespace) -> None:
     plan, console = Plan.load(options.plan), Console()
     if options.json:
@@ -91,6 +117,27 @@ def _report(options: argparse.Namespace) -> None:
     require_folder(options.output)
     write_report(plan, options.output, title=options.plan.name)
     Console().print(f"wrote {options.output}", soft_wrap=True)
+
+
+def _edit(options: argparse.Namespace) -> None:
+    before, overrides = Plan.load(options.plan), overrides_of(options)
+    if not overrides:
+        raise PrecisionError("edit: say what to insist on, such as --override 'head.*=fp32'")
+    require_folder(options.output)
+    with spinner("solving again"):
+        after = before.edit(overrides)
+    after.save(options.output)
+    console = Console()
+    show_difference(compare(before, after), console)
+    console.print(f"wrote {options.output}", soft_wrap=True)
+    if options.verify is not None:
+        workload = load_workload(options.verify)
+        with spinner("measuring"):
+            found = measure_error(workload.model, workload.first_batch(), after, loss=workload.loss)
+        console.print(
+            f"measured gradient error {found.gradient_error:.3g}, "
+            f"predicted {found.predicted_gradient_error:.3g}"
+        )
 
 
 def _diff(options: argparse.Namespace) -> int:

@@ -181,6 +181,19 @@ class Plan:
 
         return explain(self, site)
 
+    def edit(self, overrides: Mapping[str, str]) -> "Plan":
+        """A plan with formats that you insist on, everything else decided anew without the model.
+
+        Args:
+            overrides: format by glob over site names: ``{"blocks.*.fc.wgrad": "bf16"}``.
+
+        Raises:
+            PlanError, BudgetError: see ``precision_compiler.edit``.
+        """
+        from precision_compiler.edit import edit  # which itself reads plans
+
+        return edit(self, overrides)
+
     def with_formats(self, assignment: Mapping[str, str]) -> "Plan":
         """A plan to carry out with other formats; what it says of times and errors is not theirs.
 

@@ -15,6 +15,7 @@ from precision_compiler.flags import Flag
 from precision_compiler.formats import format_of_dtype
 from precision_compiler.frontier import FRONTIER_VERSION, Frontier, FrontierPoint
 from precision_compiler.graph import base_name, is_movement, value_of
+from precision_compiler.links import Links
 from precision_compiler.outcomes import Totals, Trial, Verification
 from precision_compiler.overrides import OVERRIDE
 from precision_compiler.pipeline import Unit
@@ -56,7 +57,7 @@ def plan_of_unit(
         sites=sites,
         nodes=node_choices(graph, sites, _vetoes_by_node(unit)),
         journal=tuple(unit.journal.entries),
-        flags=(*unit.flags, *_flags_of_plan(solution, verification)),
+        flags=(*unit.flags, *flags_of_plan(solution, verification)),
         verification=verification,
         trial=trial,
         tables=tables_of(problem, unit.baseline),
@@ -106,7 +107,8 @@ def _vetoes_by_node(unit: Unit) -> dict[str, dict[str, str]]:
     return found
 
 
-def _flags_of_plan(solution: Solution, verification: Verification | None) -> Iterator[Flag]:
+def flags_of_plan(solution: Solution, verification: Verification | None) -> Iterator[Flag]:
+    """Flags about a whole plan: predicted beyond what can be trusted, or not verified."""
     if solution.error > TRUST_REGION:
         sentence = (
             f"the predicted error {solution.error:.2g} is beyond {TRUST_REGION:g}, up to which "
@@ -195,7 +197,9 @@ def _site_choice(
         signature=site.signature,
         shape=site.shape,
         format=chosen,
-        reason=_override(site, unit) or why or _reason(site, chosen, options, unit),
+        reason=_override(site, unit)
+        or why
+        or reason_for(site.name, options, unit.links, unit.assignment),
         seconds=options[chosen].seconds,
         error=max(0.0, variances[site.name]) ** 0.5,
         variance_share=variances[site.name] / total if total else 0.0,
@@ -217,9 +221,12 @@ def _override(site: Site, unit: Unit) -> str | None:
     return f"{OVERRIDE} {pattern!r}" if pattern else None
 
 
-def _reason(site: Site, chosen: str, options: dict[str, Option], unit: Unit) -> str:
-    writer = unit.links.writer.get(site.name)
-    returned = unit.assignment[writer] if writer is not None else "fp32"
+def reason_for(
+    site: str, options: Mapping[str, Option], links: Links, assignment: Mapping[str, str]
+) -> str:
+    """A sentence on why a site has its format in an assignment."""
+    chosen, writer = assignment[site], links.writer.get(site)
+    returned = assignment[writer] if writer is not None else "fp32"
     if returned == chosen != "fp32" and fixes_result(returned):
         return f"the format that {writer} returns"
     faster = {

@@ -51,6 +51,7 @@ LAYERS = (
         "calling",
         "capture",
         "composed",
+        "edit",
         "emulation",
         "exactness",
         "graph",

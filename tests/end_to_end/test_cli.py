@@ -14,7 +14,7 @@ from precision_compiler.cli import main
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "demo", "plan", "pareto", "show", "report", "explain", "diff", "export", "targets",
-    "lower", "selftest",
+    "edit", "lower", "selftest",
 )  # fmt: skip
 WORKLOAD = """
 import torch
@@ -151,6 +151,18 @@ def test_diff_of_different_plans_is_1(
     record = json.loads(capsys.readouterr().out)
     assert record["same_graph"]
     assert "fc.wgrad" in {change["site"] for change in record["sites"]}
+
+
+def test_edit_writes_a_plan_and_says_what_changed(
+    session: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "edited.json"
+    given = ["edit", f"{session}/plan.json", "--override", "head.fprop=fp32", "-o", str(written)]
+    assert main([*given, "--verify", f"{session}/train.py:workload"]) == 0
+    printed = capsys.readouterr().out
+    assert "head.fprop" in printed
+    assert "measured gradient error" in printed
+    assert precision_compiler.Plan.load(written).sites["head.fprop"].format == "fp32"
 
 
 def test_lower_lists_products_and_writes_the_graph(
