@@ -34,16 +34,20 @@ class Imported:
         arguments: value of every placeholder, weights being ``nn.Parameter``.
         names: ONNX name of every placeholder.
         constants: all that is known without data, by ONNX value.
+        results: name of the first output of every node that depends on data, by the node's name.
         outputs: value of every output of the ONNX graph on the batch, by name.
         dtypes: element type of every value.
+        sizes: shape of every value on the batch.
     """
 
     module: fx.GraphModule
     arguments: list[torch.Tensor]
     names: list[str]
     constants: dict[ir.Value, torch.Tensor]
+    results: dict[str, str]
     outputs: dict[str, torch.Tensor]
     dtypes: dict[ir.Value, torch.dtype]
+    sizes: dict[ir.Value, tuple[int, ...]]
 
 
 @torch.no_grad()
@@ -79,8 +83,10 @@ class _Builder:
     nodes: dict[ir.Value, fx.Node] = field(default_factory=dict)
     values: dict[ir.Value, torch.Tensor] = field(default_factory=dict)
     dtypes: dict[ir.Value, torch.dtype] = field(default_factory=dict)
+    sizes: dict[ir.Value, tuple[int, ...]] = field(default_factory=dict)
     held: dict[ir.Value, fx.Node] = field(default_factory=dict)
     inputs: dict[ir.Value, torch.Tensor] = field(default_factory=dict)
+    results: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for value in self.graph.initializers.values():
@@ -151,7 +157,8 @@ class _Builder:
         self.made.lint()
         return Imported(
             fx.GraphModule(nn.Module(), self.made), arguments,
-            [str(value.name) for value in holders], self.constants, outputs, self.dtypes,
+            [str(value.name) for value in holders], self.constants, self.results, outputs,
+            self.dtypes, self.sizes,
         )  # fmt: skip
 
     def _value(self, value: ir.Value) -> torch.Tensor:
@@ -196,6 +203,7 @@ class _Builder:
         }
         call = self.made.call_function(row.run, tuple(given), constants)
         _tag(call, node)
+        self.results[str(node.name)] = str(node.outputs[0].name)
         for index, (value, result) in enumerate(zip(node.outputs, results, strict=False)):
             one = call
             if is_tuple:
@@ -219,9 +227,11 @@ class _Builder:
 
     def _know(self, value: ir.Value, tensor: torch.Tensor) -> None:
         self.constants[value], self.dtypes[value] = tensor, tensor.dtype
+        self.sizes[value] = tuple(tensor.shape)
 
     def _record(self, value: ir.Value, node: fx.Node, tensor: torch.Tensor) -> None:
         self.nodes[value], self.values[value], self.dtypes[value] = node, tensor, tensor.dtype
+        self.sizes[value] = tuple(tensor.shape)
 
     def _forget(self, node: ir.Node) -> None:
         """Free what nothing reads any more."""

@@ -1,5 +1,7 @@
 """An imported graph as Inductor captures it, its nodes tagged with the ONNX values they compute."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import fx
 
@@ -28,20 +30,20 @@ def joint_of(imported: Imported) -> JointGraph:
     with torch.no_grad():
         joint = trace_joint(imported.module, imported.arguments)
     joint.names = list(imported.names)
-    _tag_values(joint.module.graph)
+    _tag_values(joint.module.graph, imported.results)
     _hold_constants(joint)
     joint.module.recompile()
     return joint.with_inputs(imported.arguments)  # which names the sites
 
 
-def _tag_values(graph: fx.Graph) -> None:
+def _tag_values(graph: fx.Graph, results: Mapping[str, str]) -> None:
     """The last fx node of an ONNX node computes its value, or shows the one that does."""
     last = {origin.node: node for node in graph.nodes if (origin := origin_of(node)) is not None}
     for name, node in last.items():
         root = root_of(node)
         origin = origin_of(root)
         if origin is not None and origin.node == name:
-            set_origin(root, Origin(name, name))
+            set_origin(root, Origin(name, results[name]))
 
 
 def _hold_constants(joint: JointGraph) -> None:

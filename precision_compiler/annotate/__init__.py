@@ -1,0 +1,217 @@
+"""Existing ONNX files get a plan: read, analysed on calibration data, rewritten, checked."""
+
+import glob
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+import onnx_ir.passes.common as clean_up
+import torch
+from google.protobuf.message import DecodeError
+
+from precision_compiler.annotate.batches import Batch, Data, batches_of
+from precision_compiler.annotate.check import measured_error, original_outputs, require_same
+from precision_compiler.annotate.describe import describer
+from precision_compiler.annotate.harmony import in_one_format
+from precision_compiler.annotate.onnx_file import NARROW, OnnxFile
+from precision_compiler.annotate.placement import place
+from precision_compiler.annotate.rewrite import rewrite_file
+from precision_compiler.annotate.schemas import admits
+from precision_compiler.budget import Budget
+from precision_compiler.capture import Captured, Forward
+from precision_compiler.compiler import Decision, as_target, decide
+from precision_compiler.errors import AnalysisError, BudgetError, ExportError, OnnxImportError
+from precision_compiler.export.annotations import plan_entries
+from precision_compiler.export.onnx_writer import published
+from precision_compiler.importing import import_graph, joint_of
+from precision_compiler.pipeline import Progress, silent
+from precision_compiler.plan import Plan
+from precision_compiler.target import Target
+from precision_compiler.verification import MISS
+
+__all__ = ["AnnotationReport", "annotate_onnx"]
+
+_IR_VERSION = 10  # the first whose nodes have metadata
+
+
+@dataclass(frozen=True)
+class AnnotationReport:
+    """What was written, and how it compares with the original file.
+
+    Attributes:
+        path: the file.
+        plan: what stands in its metadata.
+        nodes: nodes of its graph.
+        casts: those of them that are a Cast.
+        original_casts: Casts of the original file.
+        predicted_error: predicted relative error of the float outputs, ``||dY|| / ||Y||``.
+        measured_error: the same measured in onnxruntime on the calibration data.
+        held_out_error: the same on the held-out data; None where there was none.
+        emulated_nodes: nodes for whose formats onnxruntime's CPU provider has no kernel: when
+            measuring, not in the file, they ran in float32 between casts.
+    """
+
+    path: Path
+    plan: Plan
+    nodes: int
+    casts: int
+    original_casts: int
+    predicted_error: float
+    measured_error: float
+    held_out_error: float | None
+    emulated_nodes: int
+
+
+def annotate_onnx(
+    path: str | os.PathLike[str],
+    calibration: Data,
+    output: str | os.PathLike[str],
+    *,
+    target: str | Target = "auto",
+    budget: float | str = "auto",
+    held_out: Data | None = None,
+    progress: Progress | None = None,
+) -> AnnotationReport:
+    """Decide the formats of an existing ONNX file and write it with them.
+
+    Weights become narrow initializers, tensors are cast once per format; inputs and outputs keep
+    their types. Formats are fp32, bf16 and fp16, as far as the target has them. The plan and the
+    formats of every node stand in the metadata; ``read_plan`` gets the plan back.
+
+    Args:
+        path: a float32 model for inference, opset 13 to 24.
+        calibration: an npz file, arrays by input name, or several of these.
+        output: the file to write; whole or not at all.
+        target: as for ``make_plan``.
+        budget: largest relative error of the float outputs, ``||dY|| / ||Y||``; "autocast": what
+            the bf16 policy of torch.autocast would cause on this graph; "auto" is the same.
+        held_out: data to verify the plan on, and to measure the file on as well.
+        progress: called with a short sentence before each step.
+
+    Raises:
+        OnnxImportError: the file cannot be read, holds an operator that is not supported, or does
+            not fit the data.
+        BudgetError, TargetError: see there.
+        ExportError: the result fails its check, or errs by more than was promised.
+    """
+    say = progress or silent
+    wanted, machine = _budget(budget), _narrowed(as_target(target))
+    say("Read the model")
+    source, destination = Path(path), Path(output)
+    model = _read(source)
+    original_casts = _casts(model)
+    batches = batches_of(calibration, model)
+    others = [] if held_out is None else batches_of(held_out, model)
+    say("Run the original in onnxruntime")
+    originals = [original_outputs(source, batch) for batch in (*batches, *others)]
+    say("Translate the graph and compare it")
+    first, *rest = _captured_batches(model, (*batches, *others), originals)
+    file, captured = first
+    calibrating = [one for _, one in rest[: len(batches) - 1]]
+    verifying = rest[len(batches) - 1][1] if others else None
+    decision = in_one_format(
+        decide(
+            captured, machine, wanted, calibration=tuple(calibrating), held_out=verifying,
+            overrides=_kept_wide(file), progress=say,
+        )
+    )  # fmt: skip
+    plan = decision.plan(progress=say)
+    say("Rewrite the file")
+    _rewrite(file, decision, plan, machine)
+    say("Check the file and measure its error")
+    with published(model, destination) as draft:
+        error, emulated = measured_error(draft, batches, originals[: len(batches)])
+        other = None
+        if others:
+            other, _ = measured_error(draft, others, originals[len(batches) :])
+        _require_promised(max(error, other or 0.0), plan)
+    return AnnotationReport(
+        destination, plan, len(model.graph), _casts(model), original_casts,
+        plan.predicted_gradient_error, error, other, emulated,
+    )  # fmt: skip
+
+
+def _budget(asked: float | str) -> Budget:
+    if str(asked).startswith("noise"):
+        raise BudgetError(
+            f"budget {asked} is relative to a gradient's noise, which inference does not have: "
+            "give a number, or 'autocast'"
+        )
+    return Budget.parse("autocast" if asked == "auto" else asked)
+
+
+def _narrowed(target: Target) -> Target:
+    """The target with the formats that a file holds by casts alone."""
+    known = {name: row for name, row in target.formats.items() if name in ("fp32", *NARROW)}
+    return replace(target, formats=known)
+
+
+def _read(path: Path) -> ir.Model:
+    try:
+        model = ir.load(path)
+    except (OSError, DecodeError, ValueError) as error:
+        raise OnnxImportError(f"{path} cannot be read as an ONNX model: {error}") from error
+    clean_up.InlinePass()(model)
+    clean_up.RemoveUnusedNodesPass()(model)
+    model.ir_version = max(model.ir_version, _IR_VERSION)
+    taken: set[str] = set()
+    for index, node in enumerate(model.graph):
+        name = node.name or f"{node.op_type}_{index}"
+        node.name = name if name not in taken else f"{name}_{index}"
+        taken.add(node.name)
+    return model
+
+
+def _casts(model: ir.Model) -> int:
+    return sum(node.op_type == "Cast" for node in model.graph)
+
+
+def _captured_batches(
+    model: ir.Model, batches: Sequence[Batch], originals: Sequence[Sequence[torch.Tensor]]
+) -> list[tuple[OnnxFile, Captured]]:
+    """The graph on every batch; batches of the same shapes share it."""
+    known: dict[tuple[object, ...], OnnxFile] = {}
+    found = []
+    for batch, outputs in zip(batches, originals, strict=True):
+        imported = import_graph(model, batch)
+        require_same(imported, outputs)
+        key = tuple((name, tensor.shape) for name, tensor in sorted(batch.items()))
+        if key not in known:
+            known[key] = OnnxFile(model, imported, joint_of(imported))
+        file = known[key]
+        joint = file.joint.with_inputs(imported.arguments)
+        found.append((file, Captured(joint, _no_loss, "the model's outputs", batch=batch)))
+    return found
+
+
+def _no_loss(_forward: Forward) -> torch.Tensor:
+    raise AnalysisError("a model for inference has no loss")
+
+
+def _kept_wide(file: OnnxFile) -> Mapping[str, str]:
+    """Contractions that a file cannot have in every format that is offered."""
+    found = {}
+    for node in file.model.graph:
+        sites = file.products.get(str(node.name), ())
+        extra = any(file.is_float(value) and value.uses() for value in node.outputs[1:])
+        if extra or not all(admits(node, file.opset, fmt) for fmt in NARROW):
+            found |= {glob.escape(site.name): "keep fp32" for site in sites}
+    return found
+
+
+def _rewrite(file: OnnxFile, decision: Decision, plan: Plan, target: Target) -> None:
+    placement = place(file, decision.unit.assignment, target)
+    rewrite_file(file, placement, describer(file, plan))
+    file.model.metadata_props.update(plan_entries(plan))
+
+
+def _require_promised(error: float, plan: Plan) -> None:
+    allowed = MISS * max(plan.budget.limit, float(torch.finfo(torch.float32).eps) * 100)
+    if not error <= allowed:
+        raise ExportError(
+            f"the outputs of the result err by {error:.2g} where {plan.budget.limit:.2g} is "
+            f"allowed and {plan.predicted_gradient_error:.2g} was predicted: give more calibration "
+            "data, or a smaller budget"
+        )
