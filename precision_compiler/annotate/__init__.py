@@ -14,7 +14,6 @@ from google.protobuf.message import DecodeError
 from precision_compiler.annotate.batches import Batch, Data, batches_of
 from precision_compiler.annotate.check import measured_error, original_outputs, require_same
 from precision_compiler.annotate.describe import describer
-from precision_compiler.annotate.harmony import in_one_format
 from precision_compiler.annotate.onnx_file import NARROW, OnnxFile
 from precision_compiler.annotate.placement import place
 from precision_compiler.annotate.rewrite import rewrite_file
@@ -111,11 +110,9 @@ def annotate_onnx(
     file, captured = first
     calibrating = [one for _, one in rest[: len(batches) - 1]]
     verifying = rest[len(batches) - 1][1] if others else None
-    decision = in_one_format(
-        decide(
-            captured, machine, wanted, calibration=tuple(calibrating), held_out=verifying,
-            overrides=_kept_wide(file), progress=say,
-        )
+    decision = decide(
+        captured, machine, wanted, calibration=tuple(calibrating), held_out=verifying,
+        overrides=_kept_wide(file), progress=say,
     )  # fmt: skip
     plan = decision.plan(progress=say)
     say("Rewrite the file")

@@ -106,7 +106,7 @@ class _Rewriter:
         tensor, dtype = self.file.imported.constants[value], CHOICES[fmt].dtype
         assert dtype is not None
         narrow = tensor.to(dtype)
-        if narrow.nbytes > _bytes_behind(value):
+        if narrow.nbytes > self._bytes_behind(value):
             return None
         name = f"{value.name}_{fmt}"
         held = ir.Value(name=name, type=ir.TensorType(onnx_type(fmt)), shape=ir.Shape(tensor.shape))
@@ -139,17 +139,17 @@ class _Rewriter:
         graph.outputs[index] = wide
 
 
-def _bytes_behind(value: ir.Value) -> int:
-    """Bytes of the initializers that a constant is computed from."""
-    seen, waiting, total = {value}, [value], 0
-    for one in waiting:
-        node = one.producer()
-        if node is None:
-            total += one.const_value.nbytes if one.const_value is not None else 0
-            continue
-        if node.op_type == "Constant":
-            total += 8
-        new = [given for given in node.inputs if given is not None and given not in seen]
-        seen.update(new)
-        waiting += new
-    return total
+    def _bytes_behind(self, value: ir.Value) -> int:
+        """Bytes of the constants that a value is computed from; 0 if shapes of data are in it."""
+        seen, waiting, total = {value}, [value], 0
+        for one in waiting:
+            if not self.file.is_constant(one):
+                return 0
+            node = one.producer()
+            if node is None or not node.inputs:
+                total += self.file.imported.constants[one].nbytes
+                continue
+            new = [given for given in node.inputs if given is not None and given not in seen]
+            seen.update(new)
+            waiting += new
+        return total
