@@ -2,15 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from precision_compiler import Plan, Target, export_onnx, make_frontier, make_plan
+from precision_compiler.cli_annotate import add_annotate
 from precision_compiler.cli_plans import add_diff, add_report, add_show, require_folder
+from precision_compiler.cli_shared import budget_of, spinner
 from precision_compiler.demo import Demo, run_demo
 from precision_compiler.errors import PrecisionError
 from precision_compiler.kernels.selftest import selftest
@@ -38,6 +38,7 @@ returns precision_compiler.Workload(model, batches):
   precision-compiler plan train.py:workload --target h100 --budget 0.01
   precision-compiler pareto train.py:workload --target h100 --plot frontier.png
   precision-compiler export train.py:workload plan.json -o model.onnx
+  precision-compiler annotate model.onnx --calibration data.npz -o out.onnx
 
 and in a training script:
   precision_compiler.compile(model, batch)   before the first step
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(commands)
     add_diff(commands)
     _add_export(commands)
+    add_annotate(commands)
     _add_targets(commands)
     _add_selftest(commands)
     return parser
@@ -256,7 +258,7 @@ def _demo(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     workload = load_workload(options.workload)
     require_folder(options.output)
-    with _spinner("loading the model") as report:
+    with spinner("loading the model") as report:
         first, *others = workload.first_batches(options.batches + 1)
         held_out = others.pop() if others else None
         plan = make_plan(
@@ -264,7 +266,7 @@ def _plan(options: argparse.Namespace) -> None:
             first,
             loss=workload.loss,
             target=options.target,
-            budget=_budget(options.budget),
+            budget=budget_of(options.budget),
             calibration=others,
             held_out=held_out,
             learning_rate=options.learning_rate,
@@ -284,7 +286,7 @@ def _pareto(options: argparse.Namespace) -> None:
     require_folder(options.output)
     if options.plot is not None:
         require_folder(options.plot)
-    with _spinner("loading the model") as report:
+    with spinner("loading the model") as report:
         first, *others = workload.first_batches(options.batches)
         frontier = make_frontier(
             workload.model,
@@ -292,7 +294,7 @@ def _pareto(options: argparse.Namespace) -> None:
             points=options.points,
             loss=workload.loss,
             target=options.target,
-            budget=_budget(options.budget),
+            budget=budget_of(options.budget),
             calibration=others,
             progress=report,
         )
@@ -307,7 +309,7 @@ def _pareto(options: argparse.Namespace) -> None:
 
 def _explain(options: argparse.Namespace) -> None:
     plan = Plan.load(options.plan)
-    with _spinner("solving again"):
+    with spinner("solving again"):
         found = plan.explain(options.site)
     show_explanation(found, Console())
 
@@ -316,7 +318,7 @@ def _export(options: argparse.Namespace) -> None:
     workload = load_workload(options.workload)
     plan = Plan.load(options.plan)
     require_folder(options.output)
-    with _spinner("exporting"):
+    with spinner("exporting"):
         export_onnx(workload.model, workload.first_batch(), plan, options.output)
     Console().print(f"wrote {options.output}", soft_wrap=True)
 
@@ -327,7 +329,7 @@ def _targets(options: argparse.Namespace) -> None:
             raise PrecisionError(f"targets show: name one of {', '.join(Target.names())}")
         explain_target(Target.load(options.name), Console())
         return
-    with _spinner("measuring this machine"):
+    with spinner("measuring this machine"):
         targets = [Target.load(name) for name in Target.names()]
     show_targets(targets, Console())
 
@@ -363,19 +365,3 @@ def _two_or_more(text: str) -> int:
     if _positive(text) < 2:
         raise argparse.ArgumentTypeError("it must be 2 or more")
     return int(text)
-
-
-def _budget(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-@contextmanager
-def _spinner(first: str) -> Iterator[Callable[[str], None]]:
-    """Shows what is going on and for how long; yields the function that says what is next."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(first)
-        yield lambda sentence: progress.update(task, description=sentence)

@@ -86,7 +86,9 @@ LAYERS = (
     {"verification"},
     {"backend", "compiler"},
     {"report", "export"},
-    {"", "cli", "cli_plans", "demo", "__main__"},  # "" is the package itself with its public names
+    {"annotate"},
+    # "" is the package itself with its public names
+    {"", "cli", "cli_annotate", "cli_plans", "cli_shared", "demo", "__main__"},
 )
 
 

@@ -189,7 +189,7 @@ def _no_loss(_forward: Forward) -> torch.Tensor:
 
 def _kept_wide(file: OnnxFile) -> Mapping[str, str]:
     """Contractions that a file cannot have in every format that is offered."""
-    found = {}
+    found: dict[str, str] = {}
     for node in file.model.graph:
         sites = file.products.get(str(node.name), ())
         extra = any(file.is_float(value) and value.uses() for value in node.outputs[1:])

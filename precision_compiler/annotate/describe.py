@@ -12,6 +12,13 @@ from precision_compiler.origin import origin_of
 from precision_compiler.plan import NodeChoice, Plan
 
 
+def _reason(file: OnnxFile, node: ir.Node) -> str:
+    if node.outputs[0] not in file.imported.dtypes:
+        source = node.inputs[0]
+        return f"cast of {source.name if source is not None else ''}, inserted"
+    return "moves elements" if file.is_dynamic(node) else "computed from constants"
+
+
 def describer(file: OnnxFile, plan: Plan) -> Describe:
     """The function that gives a node of the file its metadata."""
     choices = {choice.name: choice for choice in plan.nodes}
@@ -29,7 +36,7 @@ def describer(file: OnnxFile, plan: Plan) -> Describe:
     def describe(node: ir.Node, computed: str, stored: str) -> dict[str, str]:
         choice = known.get(str(node.name))
         if choice is None:
-            reason = "moves elements" if file.is_dynamic(node) else "computed from constants"
+            reason = _reason(file, node)
             choice = NodeChoice(str(node.name), node.op_type, None, "", "", reason, 0.0, 0.0)
         return node_entries(replace(choice, compute_format=computed, storage_format=stored))
 

@@ -15,7 +15,6 @@ from precision_compiler.joint import JointGraph
 from precision_compiler.origin import origin_of
 from precision_compiler.sites import Site
 
-
 NARROW = ("bf16", "fp16")
 """Formats that a file holds by casts alone."""
 

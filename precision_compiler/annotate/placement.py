@@ -120,7 +120,8 @@ def _worthwhile(
     _add(flow, wide, None, inf)  # the outside reads and writes float32
     for node in file.model.graph:
         if node in fixed:
-            _add(flow, *((node, narrow) if fixed[node] == fmt else (wide, node)), inf)
+            start, end = (node, narrow) if fixed[node] == fmt else (wide, node)
+            _add(flow, start, end, inf)
         elif file.is_dynamic(node) and node not in candidates:
             _add(flow, wide, node, inf)
     for node in candidates:

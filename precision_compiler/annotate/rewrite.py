@@ -38,7 +38,7 @@ class _Rewriter:
     describe: Describe
     types: dict[ir.Value, str] = field(default_factory=dict)
     copies: dict[tuple[ir.Value, str], ir.Value] = field(default_factory=dict)
-    made: list[tuple[ir.Node, ir.Value, str]] = field(default_factory=list)
+    casts: list[tuple[ir.Node, str]] = field(default_factory=list)
 
     def rewrite(self) -> None:
         graph = self.file.model.graph
@@ -52,11 +52,8 @@ class _Rewriter:
         for node in nodes:
             stored = self.types.get(node.outputs[0], FP32)
             node.metadata_props.update(self.describe(node, formats[node] or FP32, stored))
-        for cast, value, fmt in self.made:
-            node = value.producer()
-            assert node is None or node is not cast
-            words = {"reason": f"cast of {value.name}", "storage_format": fmt}
-            cast.metadata_props.update({f"precision_compiler.{k}": v for k, v in words.items()})
+        for cast, fmt in self.casts:
+            cast.metadata_props.update(self.describe(cast, fmt, fmt))
 
     def _format(self, node: ir.Node) -> str | None:
         """The format a node computes in; None for one that takes whatever its input has."""
@@ -126,7 +123,7 @@ class _Rewriter:
             graph.insert_before(graph[0], node)
         else:
             graph.insert_after(producer, node)
-        self.made.append((node, value, fmt))
+        self.casts.append((node, fmt))
         return made
 
     def _restore_output(self, index: int, value: ir.Value) -> None:
@@ -137,7 +134,6 @@ class _Rewriter:
         wide.name = name
         self.copies[value, FP32] = wide
         graph.outputs[index] = wide
-
 
     def _bytes_behind(self, value: ir.Value) -> int:
         """Bytes of the constants that a value is computed from; 0 if shapes of data are in it."""

@@ -11,10 +11,6 @@ from precision_compiler.importing.operator import Operator, Table, require
 from precision_compiler.importing.tensors import torch_dtype
 
 
-
-
-
-
 def _divide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
@@ -89,10 +85,10 @@ def _dropout(
     return x
 
 
-def _is_inf(
-    x: torch.Tensor, *, detect_negative: int = 1, detect_positive: int = 1
-) -> torch.Tensor:
-    found = [torch.isposinf(x)] * bool(detect_positive) + [torch.isneginf(x)] * bool(detect_negative)
+def _is_inf(x: torch.Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> torch.Tensor:
+    found = [torch.isposinf(x)] * bool(detect_positive) + [torch.isneginf(x)] * bool(
+        detect_negative
+    )
     return functools.reduce(torch.logical_or, found)
 
 

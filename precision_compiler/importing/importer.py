@@ -109,7 +109,7 @@ class _Builder:
                 raise OnnxImportError(
                     f"the batch lacks the input {value.name}: give an array for each of {names}"
                 )
-            given = batch[value.name]
+            given = batch[str(value.name)]
             _check_input(value, given)
             self.inputs[value] = given
             self._hold(value, given)
@@ -247,7 +247,9 @@ def _pick(results: Sequence[Any], index: int) -> Any:
 
 
 def _as_argument(constant: torch.Tensor) -> torch.Tensor:
-    return nn.Parameter(constant) if constant.is_floating_point() else constant
+    if not constant.is_floating_point():
+        return constant
+    return nn.Parameter(constant, requires_grad=False)  # masks that do would bar fused attention
 
 
 def _row_of(node: ir.Node) -> Operator:

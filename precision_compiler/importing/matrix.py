@@ -14,8 +14,8 @@ def _gemm(
     *,
     alpha: float = 1.0,
     beta: float = 1.0,
-    transA: int = 0,  # noqa: N803 - ONNX's own names
-    transB: int = 0,  # noqa: N803
+    transA: int = 0,
+    transB: int = 0,
 ) -> torch.Tensor:
     left, right = (a.T if transA else a), (b.T if transB else b)
     if c is not None and alpha == beta == 1.0:
@@ -123,7 +123,9 @@ def _attention(
     return found if past_key is None else (found, key, value)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> Any:
+def _rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
     if interleaved:
         first, second = x[..., 0::2], x[..., 1::2]
     else:

@@ -136,7 +136,7 @@ def _batch_norm(
 
 
 def _lp_norm(x: torch.Tensor, *, axis: int = -1, p: int = 2) -> torch.Tensor:
-    return x / torch.linalg.vector_norm(x, p, axis, keepdim=True)
+    return torch.div(x, torch.linalg.vector_norm(x, p, axis, keepdim=True))
 
 
 def _cumulative_sum(

@@ -60,7 +60,9 @@ def _unsqueeze(x: torch.Tensor, axes: Any) -> torch.Tensor:
 
 
 def _expand(x: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    return x.expand(torch.broadcast_shapes(x.shape, tuple(shape)))
+    wanted = [1] * (x.dim() - len(shape)) + list(shape)
+    own = [1] * (len(wanted) - x.dim()) + list(x.shape)
+    return x.expand([b if a == 1 else a for a, b in zip(own, wanted, strict=True)])
 
 
 def _slice(
@@ -102,7 +104,9 @@ def _pad(
     where = axes_of(axes, x.dim())
     before = dict(zip(where, pads[: len(where)], strict=True))
     after = dict(zip(where, pads[len(where) :], strict=True))
-    widths = [w for axis in reversed(range(x.dim())) for w in (before.get(axis, 0), after.get(axis, 0))]
+    widths = [
+        w for axis in reversed(range(x.dim())) for w in (before.get(axis, 0), after.get(axis, 0))
+    ]
     if mode == "constant":
         return torch.nn.functional.pad(x, widths, value=value or 0)
     modes = {"reflect": "reflect", "edge": "replicate"}
