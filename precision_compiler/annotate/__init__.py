@@ -1,8 +1,6 @@
 """Existing ONNX files get a plan: read, analysed on calibration data, rewritten, checked."""
 
-import glob
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,20 +9,17 @@ import onnx_ir.passes.common as clean_up
 import torch
 from google.protobuf.message import DecodeError
 
-from precision_compiler.annotate.batches import Batch, Data, batches_of
-from precision_compiler.annotate.check import measured_error, original_outputs, require_same
+from precision_compiler.annotate.batches import Data, batches_of
+from precision_compiler.annotate.check import measured_error, original_outputs
+from precision_compiler.annotate.decision import captured_batches, decide_file
 from precision_compiler.annotate.describe import describer
-from precision_compiler.annotate.onnx_file import NARROW, OnnxFile
-from precision_compiler.annotate.placement import place
+from precision_compiler.annotate.onnx_file import NARROW
 from precision_compiler.annotate.rewrite import rewrite_file
-from precision_compiler.annotate.schemas import admits
 from precision_compiler.budget import Budget
-from precision_compiler.capture import Captured, Forward
-from precision_compiler.compiler import Decision, as_target, decide
-from precision_compiler.errors import AnalysisError, BudgetError, ExportError, OnnxImportError
+from precision_compiler.compiler import as_target
+from precision_compiler.errors import BudgetError, ExportError, OnnxImportError
 from precision_compiler.export.annotations import plan_entries
 from precision_compiler.export.onnx_writer import published
-from precision_compiler.importing import import_graph, joint_of
 from precision_compiler.pipeline import Progress, silent
 from precision_compiler.plan import Plan
 from precision_compiler.target import Target
@@ -106,17 +101,17 @@ def annotate_onnx(
     say("Run the original in onnxruntime")
     originals = [original_outputs(source, batch) for batch in (*batches, *others)]
     say("Translate the graph and compare it")
-    first, *rest = _captured_batches(model, (*batches, *others), originals)
+    first, *rest = captured_batches(model, (*batches, *others), originals)
     file, captured = first
     calibrating = [one for _, one in rest[: len(batches) - 1]]
     verifying = rest[len(batches) - 1][1] if others else None
-    decision = decide(
-        captured, machine, wanted, calibration=tuple(calibrating), held_out=verifying,
-        overrides=_kept_wide(file), progress=say,
-    )  # fmt: skip
+    decision, placement = decide_file(
+        file, captured, machine, wanted, calibrating, verifying, progress=say
+    )
     plan = decision.plan(progress=say)
     say("Rewrite the file")
-    _rewrite(file, decision, plan, machine)
+    rewrite_file(file, placement, describer(file, plan))
+    model.metadata_props.update(plan_entries(plan))
     say("Check the file and measure its error")
     with published(model, destination) as draft:
         error, emulated = measured_error(draft, batches, originals[: len(batches)])
@@ -163,45 +158,6 @@ def _read(path: Path) -> ir.Model:
 
 def _casts(model: ir.Model) -> int:
     return sum(node.op_type == "Cast" for node in model.graph)
-
-
-def _captured_batches(
-    model: ir.Model, batches: Sequence[Batch], originals: Sequence[Sequence[torch.Tensor]]
-) -> list[tuple[OnnxFile, Captured]]:
-    """The graph on every batch; batches of the same shapes share it."""
-    known: dict[tuple[object, ...], OnnxFile] = {}
-    found = []
-    for batch, outputs in zip(batches, originals, strict=True):
-        imported = import_graph(model, batch)
-        require_same(imported, outputs)
-        key = tuple((name, tensor.shape) for name, tensor in sorted(batch.items()))
-        if key not in known:
-            known[key] = OnnxFile(model, imported, joint_of(imported))
-        file = known[key]
-        joint = file.joint.with_inputs(imported.arguments)
-        found.append((file, Captured(joint, _no_loss, "the model's outputs", batch=batch)))
-    return found
-
-
-def _no_loss(_forward: Forward) -> torch.Tensor:
-    raise AnalysisError("a model for inference has no loss")
-
-
-def _kept_wide(file: OnnxFile) -> Mapping[str, str]:
-    """Contractions that a file cannot have in every format that is offered."""
-    found: dict[str, str] = {}
-    for node in file.model.graph:
-        sites = file.products.get(str(node.name), ())
-        extra = any(file.is_float(value) and value.uses() for value in node.outputs[1:])
-        if extra or not all(admits(node, file.opset, fmt) for fmt in NARROW):
-            found |= {glob.escape(site.name): "keep fp32" for site in sites}
-    return found
-
-
-def _rewrite(file: OnnxFile, decision: Decision, plan: Plan, target: Target) -> None:
-    placement = place(file, decision.unit.assignment, target)
-    rewrite_file(file, placement, describer(file, plan))
-    file.model.metadata_props.update(plan_entries(plan))
 
 
 def _require_promised(error: float, plan: Plan) -> None:

@@ -52,6 +52,22 @@ def place(file: OnnxFile, assignment: Mapping[str, str], target: Target) -> Plac
     return Placement(compute, kept)
 
 
+def realised(file: OnnxFile, assignment: Mapping[str, str], placement: Placement) -> dict[str, str]:
+    """The assignment that a file carries out: float32 for tensors that nothing in it rounds."""
+    found = dict(assignment)
+    for value, fmt in placement.kept.items():
+        touching = [value.producer(), *_computing_readers(file, value)]
+        if not any(node and placement.compute.get(node) == fmt for node in touching):
+            found[file.stores[str(value.name)].name] = FP32
+    return found
+
+
+def _computing_readers(file: OnnxFile, value: ir.Value) -> list[ir.Node | None]:
+    if file.is_constant(value):
+        return [use.node for use in value.uses()]
+    return list(file.readers(value))
+
+
 def _kept(file: OnnxFile, assignment: Mapping[str, str]) -> dict[ir.Value, str]:
     names = {name: assignment[site.name] for name, site in file.stores.items()}
     values = {*file.imported.dtypes, *file.imported.constants}

@@ -1,0 +1,112 @@
+"""The formats of an imported file: analysed, solved for and verified as any other graph's."""
+
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import onnx_ir as ir
+import torch
+
+from precision_compiler.annotate.batches import Batch
+from precision_compiler.annotate.check import require_same
+from precision_compiler.annotate.onnx_file import NARROW, OnnxFile
+from precision_compiler.annotate.placement import Placement, place, realised
+from precision_compiler.annotate.schemas import admits
+from precision_compiler.budget import Budget
+from precision_compiler.capture import Captured, Forward
+from precision_compiler.compiler import Decision, decide
+from precision_compiler.errors import AnalysisError
+from precision_compiler.importing import import_graph, joint_of
+from precision_compiler.pipeline import Progress
+from precision_compiler.problem import judged
+from precision_compiler.target import Target
+from precision_compiler.verification import ROUNDS, verify_plan
+
+
+def captured_batches(
+    model: ir.Model, batches: Sequence[Batch], originals: Sequence[Sequence[torch.Tensor]]
+) -> list[tuple[OnnxFile, Captured]]:
+    """The graph on every batch; batches of the same shapes share it.
+
+    Raises:
+        OnnxImportError: it cannot be translated, or gives other results than the original.
+    """
+    known: dict[tuple[object, ...], OnnxFile] = {}
+    found = []
+    for batch, outputs in zip(batches, originals, strict=True):
+        imported = import_graph(model, batch)
+        require_same(imported, outputs)
+        key = tuple((name, tensor.shape) for name, tensor in sorted(batch.items()))
+        if key not in known:
+            known[key] = OnnxFile(model, imported, joint_of(imported))
+        file = known[key]
+        joint = file.joint.with_inputs(imported.arguments)
+        found.append((file, Captured(joint, _no_loss, "the model's outputs", batch=batch)))
+    return found
+
+
+def _no_loss(_forward: Forward) -> torch.Tensor:
+    raise AnalysisError("a model for inference has no loss")
+
+
+def decide_file(
+    file: OnnxFile,
+    captured: Captured,
+    target: Target,
+    budget: Budget,
+    calibration: Sequence[Captured],
+    held_out: Captured | None,
+    *,
+    progress: Progress,
+) -> tuple[Decision, Placement]:
+    """Choose the formats of a file and where they are carried out.
+
+    What the solver keeps in a narrow format, but no node of the file makes or reads in it, is
+    not rounded there: the plan says float32, so that its error is that of the file.
+
+    Args:
+        file: the imported file.
+        captured: its graph on the first batch.
+        target: the machine.
+        budget: allowed error of the outputs.
+        calibration: further batches.
+        held_out: a batch to verify on; the first one without it.
+        progress: called with a sentence before each step.
+    """
+    decision = decide(
+        captured, target, budget, calibration=tuple(calibration), held_out=held_out,
+        overrides=_kept_wide(file), progress=progress,
+    )  # fmt: skip
+    unit = decision.unit
+    for _ in range(ROUNDS):
+        placement = place(file, unit.assignment, target)
+        found = realised(file, unit.assignment, placement)
+        if found == unit.assignment:
+            break
+        assert unit.solution is not None
+        unit.solution = judged(unit.problem, found, unit.solution.bound)
+        unit.assignment = found
+        batch = held_out or captured
+        verification = verify_plan(unit, batch, held_out is not None, progress)
+        decision = replace(decision, verification=verification)
+    return decision, place(file, unit.assignment, target)
+
+
+def _kept_wide(file: OnnxFile) -> Mapping[str, str]:
+    """Sites that stay in float32, as overrides.
+
+    Contractions that a file cannot have in every format that is offered, and outputs of the
+    model, which keep their type, where no contraction returns them in another.
+    """
+    found: dict[str, str] = {}
+    for node in file.model.graph:
+        sites = file.products.get(str(node.name), ())
+        extra = any(file.is_float(value) and value.uses() for value in node.outputs[1:])
+        if extra or not all(admits(node, file.opset, fmt) for fmt in NARROW):
+            found |= {glob.escape(site.name): "keep fp32" for site in sites}
+    for value in file.model.graph.outputs:
+        root = file.root(value)
+        maker, site = root.producer(), file.stores.get(str(root.name))
+        if site is not None and (maker is None or maker.name not in file.products):
+            found[glob.escape(site.name)] = "keep fp32"
+    return found
