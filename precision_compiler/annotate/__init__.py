@@ -43,8 +43,9 @@ class AnnotationReport:
         predicted_error: predicted relative error of the float outputs, ``||dY|| / ||Y||``.
         measured_error: the same measured in onnxruntime on the calibration data.
         held_out_error: the same on the held-out data; None where there was none.
-        emulated_nodes: nodes for whose formats onnxruntime's CPU provider has no kernel: when
-            measuring, not in the file, they ran in float32 between casts.
+        emulated_nodes: nodes that ran in float32 between casts when the error was measured, so
+            that every rounding of the file took place: onnxruntime's CPU provider has no kernels
+            for bf16 and leaves out roundings to fp16.
     """
 
     path: Path

@@ -71,7 +71,7 @@ def measured_error(
     """
     try:
         onnx.checker.check_model(path, full_check=True)
-        ran = [run_file(path, batch) for batch in batches]
+        ran = [run_file(path, batch, every_rounding=True) for batch in batches]
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"onnx.checker refuses the result: {error}") from error
     except ORT_ERRORS as error:

@@ -53,19 +53,20 @@ def place(file: OnnxFile, assignment: Mapping[str, str], target: Target) -> Plac
 
 
 def realised(file: OnnxFile, assignment: Mapping[str, str], placement: Placement) -> dict[str, str]:
-    """The assignment that a file carries out: float32 for tensors that nothing in it rounds."""
+    """The assignment that a file carries out: float32 for tensors that it does not keep narrow.
+
+    A copy that only contractions read is the rounding of their operands; everything else reads
+    the tensor as it was computed.
+    """
     found = dict(assignment)
     for value, fmt in placement.kept.items():
-        touching = [value.producer(), *_computing_readers(file, value)]
-        if not any(node and placement.compute.get(node) == fmt for node in touching):
+        readers = (use.node for use in value.uses()) if file.is_constant(value) else None
+        touching = [value.producer(), *(readers or file.readers(value))]
+        narrow = [node for node in touching if node and placement.compute.get(node) == fmt]
+        others = (node for node in narrow if node.name not in file.products)
+        if value.producer() not in narrow and not any(others):
             found[file.stores[str(value.name)].name] = FP32
     return found
-
-
-def _computing_readers(file: OnnxFile, value: ir.Value) -> list[ir.Node | None]:
-    if file.is_constant(value):
-        return [use.node for use in value.uses()]
-    return list(file.readers(value))
 
 
 def _kept(file: OnnxFile, assignment: Mapping[str, str]) -> dict[ir.Value, str]:
