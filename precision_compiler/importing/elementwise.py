@@ -62,6 +62,10 @@ def _leaky_relu(x: torch.Tensor, *, alpha: float = 0.01) -> torch.Tensor:
     return torch.nn.functional.leaky_relu(x, alpha)
 
 
+def _prelu(x: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    return torch.where(x < 0, slope * x, x)
+
+
 def _elu(x: torch.Tensor, *, alpha: float = 1.0) -> torch.Tensor:
     return torch.nn.functional.elu(x, alpha)
 
@@ -108,7 +112,7 @@ _BINARY: dict[str, Any] = {
     "Less": torch.lt, "LessOrEqual": torch.le, "Greater": torch.gt, "GreaterOrEqual": torch.ge,
     "And": torch.logical_and, "Or": torch.logical_or, "Xor": torch.logical_xor,
     "BitwiseAnd": torch.bitwise_and, "BitwiseOr": torch.bitwise_or, "Mod": _modulo,
-    "PRelu": torch.prelu, "Where": _where, "CastLike": _cast_like,
+    "PRelu": _prelu, "Where": _where, "CastLike": _cast_like,
 }  # fmt: skip
 
 ELEMENTWISE: Table = {

@@ -119,6 +119,7 @@ class _Builder:
         """Compute a node, as a constant where nothing in it depends on data."""
         row = _row_of(node)
         attributes = {name: attribute_value(one) for name, one in node.attributes.items()}
+        attributes |= {"outputs": len(node.outputs)} if row.counts else {}
         read = [None if value is None else self._value(value) for value in node.inputs]
         known = [value is None or value in self.constants for value in node.inputs]
         arguments = [

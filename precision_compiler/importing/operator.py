@@ -19,12 +19,14 @@ class Operator:
             any data is, and arrive as Python lists or numbers.
         numbers: positions where a constant of one element arrives as a Python number.
         of_shape: whether the result depends on the shapes of the inputs only.
+        counts: whether ``run`` takes the number of the node's outputs, as ``outputs``.
     """
 
     run: Callable[..., Any]
     static: tuple[int, ...] = ()
     numbers: tuple[int, ...] = ()
     of_shape: bool = False
+    counts: bool = False
 
 
 Table = dict[str, Operator]

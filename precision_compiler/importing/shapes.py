@@ -1,4 +1,4 @@
-"""ONNX operators that make, move, select or join elements."""
+"""ONNX operators that make, move or join elements."""
 
 from typing import Any
 
@@ -65,28 +65,18 @@ def _expand(x: torch.Tensor, shape: list[int]) -> torch.Tensor:
     return x.expand([b if a == 1 else a for a, b in zip(own, wanted, strict=True)])
 
 
-def _slice(
-    x: torch.Tensor, starts: list[int], ends: list[int], axes: Any = None, steps: Any = None
-) -> torch.Tensor:
-    where = axes_of(axes, x.dim()) if axes is not None else list(range(len(starts)))
-    paces = steps or [1] * len(starts)
-    for start, end, axis, step in zip(starts, ends, where, paces, strict=True):
-        size = x.shape[axis]
-        if step < 0:
-            kept = list(range(size))[slice(start, None if end < -size else end, step)]
-            x = torch.index_select(x, axis, torch.tensor(kept, dtype=torch.int64))
-        else:
-            first, last, _ = slice(start, end, step).indices(size)
-            x = x[(*[slice(None)] * axis, slice(first, max(first, last), step))]
-    return x
-
-
 def _split(
-    x: torch.Tensor, split: Any = None, *, axis: int = 0, num_outputs: int | None = None
+    x: torch.Tensor,
+    split: Any = None,
+    *,
+    axis: int = 0,
+    num_outputs: int | None = None,
+    outputs: int,
 ) -> tuple[torch.Tensor, ...]:
     if split is None:
-        require(num_outputs is not None, "its number of outputs is not known")
-        split = -(-x.shape[axis] // (num_outputs or 1))
+        size, parts = x.shape[axis], num_outputs or outputs
+        each = -(-size // parts)
+        split = [max(0, min(each, size - each * index)) for index in range(parts)]
     return torch.split(x, split, axis)
 
 
@@ -102,80 +92,29 @@ def _pad(
     x: torch.Tensor, pads: list[int], value: Any = None, axes: Any = None, *, mode: str = "constant"
 ) -> torch.Tensor:
     where = axes_of(axes, x.dim())
-    before = dict(zip(where, pads[: len(where)], strict=True))
-    after = dict(zip(where, pads[len(where) :], strict=True))
-    widths = [
-        w for axis in reversed(range(x.dim())) for w in (before.get(axis, 0), after.get(axis, 0))
-    ]
+    before, after = pads[: len(where)], pads[len(where) :]
     if mode == "constant":
+        widths = [0] * (2 * x.dim())
+        for axis, low, high in zip(where, before, after, strict=True):
+            place = 2 * (x.dim() - 1 - axis)
+            widths[place], widths[place + 1] = low, high
         return torch.nn.functional.pad(x, widths, value=value or 0)
-    modes = {"reflect": "reflect", "edge": "replicate"}
-    require(mode in modes, f"padding mode {mode} is not supported")
-    while len(widths) > 2 and not any(widths[-2:]):
-        widths = widths[:-2]
-    return torch.nn.functional.pad(x, widths, mode=modes[mode])
+    require(mode in ("reflect", "edge"), f"padding mode {mode} is not supported")
+    for axis, low, high in zip(where, before, after, strict=True):
+        x = _continued(x, axis, low, high, mode)
+    return x
 
 
-def _gather(x: torch.Tensor, indices: Any, *, axis: int = 0) -> torch.Tensor:
-    along = axis % x.dim()
-    if isinstance(indices, int):
-        return torch.select(x, along, indices)
-    return x[(*[slice(None)] * along, indices)]
-
-
-def _positive(indices: torch.Tensor, size: int) -> torch.Tensor:
-    return torch.where(indices < 0, indices + size, indices)
-
-
-def _gather_elements(x: torch.Tensor, indices: torch.Tensor, *, axis: int = 0) -> torch.Tensor:
-    return torch.gather(x, axis, _positive(indices, x.shape[axis]))
-
-
-def _gather_nd(x: torch.Tensor, indices: torch.Tensor, *, batch_dims: int = 0) -> torch.Tensor:
-    batch = [
-        torch.arange(size).reshape(-1, *[1] * (indices.dim() - 2 - axis))
-        for axis, size in enumerate(x.shape[:batch_dims])
-    ]
-    return x[(*batch, *indices.unbind(-1))]
-
-
-def _scatter_nd(
-    x: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor, *, reduction: str = "none"
-) -> torch.Tensor:
-    require(reduction in ("none", "add"), f"reduction {reduction} is not supported")
-    return torch.index_put(x, indices.unbind(-1), updates, accumulate=reduction == "add")
-
-
-def _scatter_elements(
-    x: torch.Tensor,
-    indices: torch.Tensor,
-    updates: torch.Tensor,
-    *,
-    axis: int = 0,
-    reduction: str = "none",
-) -> torch.Tensor:
-    require(reduction in ("none", "add"), f"reduction {reduction} is not supported")
-    scatter = torch.scatter_add if reduction == "add" else torch.scatter
-    return scatter(x, axis, _positive(indices, x.shape[axis]), updates)
-
-
-def _one_hot(
-    indices: torch.Tensor, depth: Any, values: torch.Tensor, *, axis: int = -1
-) -> torch.Tensor:
-    count = int(depth if isinstance(depth, int | float) else depth[0])
-    hot = _positive(indices, count).unsqueeze(axis) == torch.arange(count).reshape(
-        [-1 if place == axis % (indices.dim() + 1) else 1 for place in range(indices.dim() + 1)]
-    )
-    return torch.where(hot, values[1], values[0])
-
-
-def _triangle(x: torch.Tensor, k: Any = 0, *, upper: int = 1) -> torch.Tensor:
-    diagonal = k if isinstance(k, int) else k[0]
-    return torch.triu(x, diagonal) if upper else torch.tril(x, diagonal)
-
-
-def _non_zero(x: torch.Tensor) -> torch.Tensor:
-    return torch.nonzero(x).T.contiguous()
+def _continued(x: torch.Tensor, axis: int, low: int, high: int, mode: str) -> torch.Tensor:
+    """A tensor with elements before and after it, mirrored or repeated from its ends."""
+    size = x.shape[axis]
+    if mode == "reflect":
+        left = torch.flip(x.narrow(axis, 1, low), [axis])
+        right = torch.flip(x.narrow(axis, size - 1 - high, high), [axis])
+    else:
+        left = torch.repeat_interleave(x.narrow(axis, 0, 1), low, axis)
+        right = torch.repeat_interleave(x.narrow(axis, size - 1, 1), high, axis)
+    return torch.cat([left, x, right], axis)
 
 
 def _eye_like(x: torch.Tensor, *, dtype: int | None = None, k: int = 0) -> torch.Tensor:
@@ -206,19 +145,10 @@ SHAPES: Table = {
     "Squeeze": Operator(_squeeze, static=(1,)),
     "Unsqueeze": Operator(_unsqueeze, static=(1,)),
     "Expand": Operator(_expand, static=(1,)),
-    "Slice": Operator(_slice, static=(1, 2, 3, 4)),
-    "Split": Operator(_split, static=(1,)),
+    "Split": Operator(_split, static=(1,), counts=True),
     "Concat": Operator(_concat),
     "Tile": Operator(_tile, static=(1,)),
     "Pad": Operator(_pad, static=(1, 2, 3)),
-    "Gather": Operator(_gather, numbers=(1,)),
-    "GatherElements": Operator(_gather_elements),
-    "GatherND": Operator(_gather_nd),
-    "ScatterND": Operator(_scatter_nd),
-    "ScatterElements": Operator(_scatter_elements),
-    "OneHot": Operator(_one_hot, static=(1,)),
-    "Trilu": Operator(_triangle, static=(1,)),
-    "NonZero": Operator(_non_zero),
     "DepthToSpace": Operator(_depth_to_space),
 }
 """How each is computed."""
