@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 from torch import nn
 
 Array = np.ndarray[Any, Any]
@@ -66,9 +66,6 @@ def loaded(model: onnx.ModelProto) -> ir.Model:
     return ir.from_proto(model)
 
 
-FLOAT = TensorProto.FLOAT
-
-
 class Norm(nn.Module):
     """Root mean square normalisation as most models spell it out: its square leaves fp16."""
 
@@ -101,7 +98,8 @@ class Block(nn.Module):
         scores = query @ key.transpose(-1, -2) / sqrt(width // self.heads)
         mixed = (torch.softmax(scores, -1) @ value).transpose(1, 2).reshape(batch, length, width)
         x = x + self.out(mixed)
-        return x + self.down(nn.functional.gelu(self.up(self.second(x))))
+        found: torch.Tensor = x + self.down(nn.functional.gelu(self.up(self.second(x))))
+        return found
 
 
 class Outliers(nn.Module):
@@ -115,18 +113,12 @@ class Outliers(nn.Module):
         self.blocks = nn.ModuleList([Block(width), Block(width)])
         self.norm, self.head = Norm(width), nn.Linear(width, 32, bias=False)
         with torch.no_grad():
-            bias = self.blocks[0].down.bias
-            assert isinstance(bias, torch.Tensor)
-            bias[3], bias[17] = peak, -peak / 2
-            later = [self.norm.weight, *self._norms(self.blocks[1])]
+            first, second = (block for block in self.blocks if isinstance(block, Block))
+            first.down.bias[3], first.down.bias[17] = peak, -peak / 2
+            later = [self.norm.weight, second.first.weight, second.second.weight]
             for weight in later:
                 weight.mul_(100)
                 weight[[3, 17]] = 0.1
-
-    @staticmethod
-    def _norms(block: nn.Module) -> list[nn.Parameter]:
-        assert isinstance(block, Block)
-        return [block.first.weight, block.second.weight]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -147,21 +139,20 @@ def export(
     """Write a model with one of torch's own exporters."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
-    shapes: dict[str, Any] = {}
+    options: dict[str, Any] = {"verbose": False, "external_data": False} if dynamo else {}
     if dynamic is not None and dynamo:
-        shapes["dynamic_shapes"] = {
+        options["dynamic_shapes"] = {
             name: {axis: torch.export.Dim(dim) for axis, dim in axes.items()}
             for name, axes in dynamic.items()
         }
     elif dynamic is not None:
-        shapes["dynamic_axes"] = dynamic
+        options["dynamic_axes"] = dynamic
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 model.eval(), arguments, str(path), input_names=list(names),
-                opset_version=opset, dynamo=dynamo, **shapes,
-                **({"verbose": False, "external_data": False} if dynamo else {}),
+                opset_version=opset, dynamo=dynamo, **options,
             )  # fmt: skip
     finally:
         logging.disable(level)

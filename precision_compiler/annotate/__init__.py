@@ -10,7 +10,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from precision_compiler.annotate.batches import Data, batches_of
-from precision_compiler.annotate.check import measured_error, original_outputs
+from precision_compiler.annotate.check import measured_error
 from precision_compiler.annotate.decision import captured_batches, decide_file
 from precision_compiler.annotate.describe import describer
 from precision_compiler.annotate.onnx_file import NARROW
@@ -99,15 +99,11 @@ def annotate_onnx(
     original_casts = _casts(model)
     batches = batches_of(calibration, model)
     others = [] if held_out is None else batches_of(held_out, model)
-    say("Run the original in onnxruntime")
-    originals = [original_outputs(source, batch) for batch in (*batches, *others)]
-    say("Translate the graph and compare it")
-    first, *rest = captured_batches(model, (*batches, *others), originals)
-    file, captured = first
-    calibrating = [one for _, one in rest[: len(batches) - 1]]
-    verifying = rest[len(batches) - 1][1] if others else None
+    say("Translate the graph and compare it with onnxruntime")
+    file, captured, originals = captured_batches(model, source, (*batches, *others))
+    verifying = captured[len(batches)] if others else None
     decision, placement = decide_file(
-        file, captured, machine, wanted, calibrating, verifying, progress=say
+        file, captured[: len(batches)], machine, wanted, verifying, progress=say
     )
     plan = decision.plan(progress=say)
     say("Rewrite the file")

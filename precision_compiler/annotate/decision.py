@@ -3,12 +3,13 @@
 import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
 from precision_compiler.annotate.batches import Batch
-from precision_compiler.annotate.check import require_same
+from precision_compiler.annotate.check import original_outputs, require_same
 from precision_compiler.annotate.onnx_file import NARROW, OnnxFile
 from precision_compiler.annotate.placement import Placement, place, realised
 from precision_compiler.annotate.schemas import admits
@@ -24,25 +25,27 @@ from precision_compiler.verification import ROUNDS, verify_plan
 
 
 def captured_batches(
-    model: ir.Model, batches: Sequence[Batch], originals: Sequence[Sequence[torch.Tensor]]
-) -> list[tuple[OnnxFile, Captured]]:
-    """The graph on every batch; batches of the same shapes share it.
+    model: ir.Model, source: Path, batches: Sequence[Batch]
+) -> tuple[OnnxFile, list[Captured], list[list[torch.Tensor]]]:
+    """The graph on every batch, and what onnxruntime makes of the original there.
+
+    Batches of the same shapes share a graph; the file is that of the first.
 
     Raises:
-        OnnxImportError: it cannot be translated, or gives other results than the original.
+        OnnxImportError: it cannot be translated or run, or the two results differ.
     """
     known: dict[tuple[object, ...], OnnxFile] = {}
-    found = []
-    for batch, outputs in zip(batches, originals, strict=True):
+    captured, originals = [], []
+    for batch in batches:
         imported = import_graph(model, batch)
-        require_same(imported, outputs)
+        originals.append(original_outputs(source, batch))
+        require_same(imported, originals[-1])
         key = tuple((name, tensor.shape) for name, tensor in sorted(batch.items()))
         if key not in known:
             known[key] = OnnxFile(model, imported, joint_of(imported))
-        file = known[key]
-        joint = file.joint.with_inputs(imported.arguments)
-        found.append((file, Captured(joint, _no_loss, "the model's outputs", batch=batch)))
-    return found
+        joint = known[key].joint.with_inputs(imported.arguments)
+        captured.append(Captured(joint, _no_loss, "the model's outputs", batch=batch))
+    return next(iter(known.values())), captured, originals
 
 
 def _no_loss(_forward: Forward) -> torch.Tensor:
@@ -51,10 +54,9 @@ def _no_loss(_forward: Forward) -> torch.Tensor:
 
 def decide_file(
     file: OnnxFile,
-    captured: Captured,
+    captured: Sequence[Captured],
     target: Target,
     budget: Budget,
-    calibration: Sequence[Captured],
     held_out: Captured | None,
     *,
     progress: Progress,
@@ -66,15 +68,14 @@ def decide_file(
 
     Args:
         file: the imported file.
-        captured: its graph on the first batch.
+        captured: its graph on every batch of the calibration data.
         target: the machine.
         budget: allowed error of the outputs.
-        calibration: further batches.
         held_out: a batch to verify on; the first one without it.
         progress: called with a sentence before each step.
     """
     decision = decide(
-        captured, target, budget, calibration=tuple(calibration), held_out=held_out,
+        captured[0], target, budget, calibration=tuple(captured[1:]), held_out=held_out,
         overrides=_kept_wide(file), progress=progress,
     )  # fmt: skip
     unit = decision.unit
@@ -86,7 +87,7 @@ def decide_file(
         assert unit.solution is not None
         unit.solution = judged(unit.problem, found, unit.solution.bound)
         unit.assignment = found
-        batch = held_out or captured
+        batch = held_out or captured[0]
         verification = verify_plan(unit, batch, held_out is not None, progress)
         decision = replace(decision, verification=verification)
     return decision, place(file, unit.assignment, target)

@@ -13,8 +13,8 @@ from precision_compiler.cli import main
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    "demo", "plan", "pareto", "show", "report", "explain", "diff", "export", "targets",
-    "selftest",
+    "demo", "plan", "pareto", "show", "report", "explain", "diff", "export", "annotate",
+    "targets", "selftest",
 )  # fmt: skip
 WORKLOAD = """
 import torch

@@ -115,7 +115,9 @@ CASES: dict[str, tuple[dict[str, Array], dict[str, Array], dict[str, Any]]] = {
     "GatherND": ({"x": X, "i": ints([1, 2], [0, -1])}, {}, {}),
     "GatherND_1": ({"x": X, "i": ints([1], [-1])}, {}, {"batch_dims": 1}),
     "ScatterND": ({"x": X, "i": ints([1], [0]), "u": floats(2, 3, 4)}, {}, {}),
-    "ScatterElements": ({"x": X, "i": ints([[0, -1, 1, 2]]), "u": floats(1, 1, 4)}, {}, {"axis": 1}),
+    "ScatterElements": (
+        {"x": X, "i": ints([[0, -1, 1, 2]]), "u": floats(1, 1, 4)}, {}, {"axis": 1}
+    ),
     "OneHot": ({"i": ints(1, 0, -1)}, {"d": np.array(4), "v": floats(2)}, {}),
     "Trilu": ({"x": X}, {"k": np.array(1)}, {}),
     "Trilu_1": ({"x": X}, {}, {"upper": 0}),
