@@ -5,7 +5,7 @@ batch and whatever is computed from them) is computed at once and enters as a co
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 from torch import fx, nn
 
 from precision_compiler.errors import OnnxImportError
+from precision_compiler.importing.inputs import matched_inputs
 from precision_compiler.importing.operator import Operator
+from precision_compiler.importing.scopes import scope_of
 from precision_compiler.importing.table import OPERATORS
-from precision_compiler.importing.tensors import attribute_value, torch_dtype, torch_tensor
+from precision_compiler.importing.tensors import attribute_value, torch_tensor
 from precision_compiler.origin import Origin, set_origin
 
 OLDEST_OPSET, NEWEST_OPSET = 13, 24
@@ -97,22 +99,9 @@ class _Builder:
 
     def place_inputs(self, batch: Mapping[str, torch.Tensor]) -> None:
         """A placeholder for every input of the graph that is no initializer."""
-        wanted = [value for value in self.graph.inputs if value not in self.constants]
-        names = [str(value.name) for value in wanted]
-        unknown = sorted(set(batch) - {str(value.name) for value in self.graph.inputs})
-        if unknown:
-            raise OnnxImportError(
-                f"the batch has {', '.join(unknown)}, which the model lacks: it has {names}"
-            )
-        for value in wanted:
-            if value.name not in batch:
-                raise OnnxImportError(
-                    f"the batch lacks the input {value.name}: give an array for each of {names}"
-                )
-            given = batch[str(value.name)]
-            _check_input(value, given)
-            self.inputs[value] = given
-            self._hold(value, given)
+        self.inputs = matched_inputs(self.graph, batch)
+        for value, given in self.inputs.items():
+            self._hold(value)
             self._record(value, self.held[value], given)
 
     def place(self, node: ir.Node) -> None:
@@ -196,13 +185,7 @@ class _Builder:
             else argument
             for value, argument in zip(node.inputs, arguments, strict=True)
         ]  # fmt: skip
-        constants = {
-            name: self._tensor_attribute(node, name, value)
-            if isinstance(value, torch.Tensor)
-            else value
-            for name, value in attributes.items()
-        }
-        call = self.made.call_function(row.run, tuple(given), constants)
+        call = self.made.call_function(row.run, tuple(given), dict(attributes))
         _tag(call, node)
         self.results[str(node.name)] = str(node.outputs[0].name)
         for index, (value, result) in enumerate(zip(node.outputs, results, strict=False)):
@@ -212,16 +195,13 @@ class _Builder:
                 _tag(one, node)
             self._record(value, one, result)
 
-    def _tensor_attribute(self, node: ir.Node, name: str, value: torch.Tensor) -> Any:
-        raise OnnxImportError(f"{_label(node)}: its attribute {name} is a tensor")
-
     def _placed(self, value: ir.Value) -> fx.Node:
         """The fx node of a value; a constant becomes a placeholder when it is first read."""
         if value not in self.nodes and value not in self.held:
-            self._hold(value, self.constants[value])
+            self._hold(value)
         return self.nodes[value] if value in self.nodes else self.held[value]
 
-    def _hold(self, value: ir.Value, tensor: torch.Tensor) -> None:
+    def _hold(self, value: ir.Value) -> None:
         last = next(reversed(self.held.values()), None)
         with self.made.inserting_after(last) if last else self.made.inserting_before():
             self.held[value] = self.made.placeholder(f"held_{len(self.held)}")
@@ -265,40 +245,7 @@ def _label(node: ir.Node) -> str:
     return f"node {node.name} ({node.op_type})"
 
 
-def _check_input(value: ir.Value, given: torch.Tensor) -> None:
-    wanted = None if value.dtype is None else torch_dtype(value.dtype)
-    if wanted is not None and given.dtype != wanted:
-        raise OnnxImportError(f"input {value.name} is {wanted} in the model, {given.dtype} in data")
-    sizes = list(value.shape or given.shape)
-    fits = len(sizes) == given.dim() and all(
-        not isinstance(size, int) or size == found
-        for size, found in zip(sizes, given.shape, strict=False)
-    )
-    if not fits:
-        raise OnnxImportError(
-            f"input {value.name} has shape {sizes} in the model, {list(given.shape)} in the data"
-        )
-
-
 def _tag(made: fx.Node, node: ir.Node) -> None:
     set_origin(made, Origin(str(node.name)))
     path = scope_of(node)
     made.meta["nn_module_stack"] = {path: (path, node.op_type)}
-
-
-def scope_of(node: ir.Node) -> str:
-    """Dotted path of the module that a node came from, or the node's own name.
-
-    torch's exporters keep it in the metadata (dynamo) or in the name (TorchScript).
-    """
-    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-    found = [part for part in _quoted(scopes) if part][:-1]
-    if found:
-        return found[-1]
-    path = ".".join(str(node.name).strip("/").split("/")[:-1])
-    return path or str(node.name)
-
-
-def _quoted(text: str) -> Iterator[str]:
-    """The entries of a list of strings as Python prints it."""
-    yield from (part.strip(" '\"") for part in text.strip("[]").split(","))
