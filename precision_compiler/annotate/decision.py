@@ -1,7 +1,6 @@
 """The formats of an imported file: analysed, solved for and verified as any other graph's."""
 
-import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,7 +75,7 @@ def decide_file(
     """
     decision = decide(
         captured[0], target, budget, calibration=tuple(captured[1:]), held_out=held_out,
-        overrides=_kept_wide(file), progress=progress,
+        vetoes=_impossible(file), progress=progress,
     )  # fmt: skip
     unit = decision.unit
     for _ in range(ROUNDS):
@@ -93,21 +92,22 @@ def decide_file(
     return decision, place(file, unit.assignment, target)
 
 
-def _kept_wide(file: OnnxFile) -> Mapping[str, str]:
-    """Sites that stay in float32, as overrides.
-
-    Contractions that a file cannot have in every format that is offered, and outputs of the
-    model, which keep their type, where no contraction returns them in another.
-    """
-    found: dict[str, str] = {}
+def _impossible(file: OnnxFile) -> dict[tuple[str, str], str]:
+    """Why some sites cannot have some formats in a file."""
+    found: dict[tuple[str, str], str] = {}
     for node in file.model.graph:
-        sites = file.products.get(str(node.name), ())
         extra = any(file.is_float(value) and value.uses() for value in node.outputs[1:])
-        if extra or not all(admits(node, file.opset, fmt) for fmt in NARROW):
-            found |= {glob.escape(site.name): "keep fp32" for site in sites}
+        for fmt in NARROW:
+            reason = f"support: {node.op_type} has no {fmt} in opset {file.opset}"
+            if extra:
+                reason = "support: further outputs of the node would be rounded along"
+            if extra or not admits(node, file.opset, fmt):
+                sites = file.products.get(str(node.name), ())
+                found |= {(site.name, fmt): reason for site in sites}
     for value in file.model.graph.outputs:
         root = file.root(value)
-        maker, site = root.producer(), file.stores.get(str(root.name))
-        if site is not None and (maker is None or maker.name not in file.products):
-            found[glob.escape(site.name)] = "keep fp32"
+        maker, kept = root.producer(), file.stores.get(str(root.name))
+        if kept is not None and (maker is None or maker.name not in file.products):
+            reason = "support: outputs of the model keep their type"
+            found |= {(kept.name, fmt): reason for fmt in NARROW}
     return found
