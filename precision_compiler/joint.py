@@ -101,21 +101,21 @@ class JointGraph:
     @property
     def goals(self) -> list[fx.Node]:
         """The results whose error counts: gradients, or all float results of an inference graph."""
-        return [node for _, node in self._named_goals()]
+        results = self.module.graph.output_node().args[0]
+        assert isinstance(results, (list, tuple))
+        if self.inference:
+            return [node for node in results if isinstance(node, fx.Node) and _is_float(node)]
+        return [node for node in results[self.outputs :] if isinstance(node, fx.Node)]
 
     @property
     def goal_names(self) -> list[str]:
         """Human names of these: of the inputs that gradients belong to, or ``output_0`` and on."""
-        return [name for name, _ in self._named_goals()]
-
-    def _named_goals(self) -> list[tuple[str, fx.Node]]:
         results = self.module.graph.output_node().args[0]
         assert isinstance(results, (list, tuple))
         if self.inference:
-            named = ((f"output_{index}", node) for index, node in enumerate(results))
-            return [(name, node) for name, node in named if _is_float(node)]
+            return [f"output_{index}" for index, node in enumerate(results) if _is_float(node)]
         pairs = zip(self.names, results[self.outputs :], strict=True)
-        return [(name, node) for name, node in pairs if isinstance(node, fx.Node)]
+        return [name for name, node in pairs if isinstance(node, fx.Node)]
 
     def with_inputs(self, values: Sequence[Any]) -> "JointGraph":
         """The same graph, not copied, with the values of another batch."""

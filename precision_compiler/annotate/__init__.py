@@ -140,6 +140,7 @@ def _narrowed(target: Target) -> Target:
 def _read(path: Path) -> ir.Model:
     try:
         model = ir.load(path)
+        ir.external_data.load_to_model(model)  # the result may be written to another folder
     except (OSError, DecodeError, ValueError) as error:
         raise OnnxImportError(f"{path} cannot be read as an ONNX model: {error}") from error
     clean_up.InlinePass()(model)

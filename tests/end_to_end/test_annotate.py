@@ -1,5 +1,6 @@
 """Existing ONNX files get a plan: their outputs stay right, and casts are few."""
 
+import io
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import onnx
 import onnxruntime  # type: ignore[import-untyped]
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import precision_compiler
@@ -19,6 +21,8 @@ from precision_compiler.errors import BudgetError, ExportError, OnnxImportError
 from precision_compiler.export import read_plan
 from precision_compiler.export.onnx_emulation import run_file
 from precision_compiler.replay import relative_error
+from precision_compiler.report.headline import facts
+from precision_compiler.report.show import show_plan
 from tests.onnx_files import Array, Block, export, naive_fp16, outlier_file
 
 Files = tuple[Path, Array, Array]
@@ -170,6 +174,29 @@ def test_several_batches_in_one_array(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).standard_normal((6, 8, 16), "f4"))
     found = annotate_onnx(path, tmp_path / "data.npz", tmp_path / "out.onnx", target="h100")
     assert found.plan.totals.batches == 3
+
+
+def test_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
+    path, data = small(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    apart = tmp_path / "elsewhere" / "apart.onnx"
+    onnx.save(onnx.load(path), apart, save_as_external_data=True, size_threshold=1024)
+    for entry in apart.parent.iterdir():
+        assert entry.stat().st_size
+    found = annotate_onnx(apart, data, tmp_path / "out.onnx", target="h100", budget=0.01)
+    for entry in list(apart.parent.iterdir()):
+        entry.unlink()
+    assert outputs(found.path, data["x"].numpy())[0].isfinite().all()
+
+
+def test_plans_of_outputs_are_shown_as_such(annotated: AnnotationReport) -> None:
+    stream = io.StringIO()
+    show_plan(annotated.plan, Console(file=stream, width=200))
+    assert "per output" in stream.getvalue()
+    assert "loss" not in stream.getvalue()
+    words = " ".join(fact.text for fact in facts(annotated.plan))
+    assert "output error" in words
+    assert "gradient" not in words
 
 
 class Pictures(nn.Module):
