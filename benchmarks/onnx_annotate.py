@@ -83,6 +83,7 @@ def row(
     held_out = "-" if found.held_out_error is None else f"{found.held_out_error:.2g}"
     print(
         f"| {label} | {found.nodes} | {found.original_casts} | {found.casts} | "
+        f"{found.constant_casts} | "
         f"{found.plan.budget.limit:.2g} | {found.predicted_error:.2g} | "
         f"{found.measured_error:.2g} | {held_out} | {perf_counter() - start:.0f} |",
         flush=True,
@@ -131,8 +132,11 @@ def main() -> None:
     parser.add_argument("--target", default="h100", metavar="T")
     parser.add_argument("--folder", type=Path, help="where .onnx files are that take token ids")
     options = parser.parse_args()
-    print("| file | nodes | casts before | after | allowed | predicted | measured | held out | s |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    print(
+        "| file | nodes | casts before | after | of constants | allowed | predicted | measured "
+        "| held out | s |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as folder:
         outliers(Path(folder), options.target)
         for path in sorted(options.folder.rglob("*.onnx")) if options.folder else ():

@@ -83,6 +83,7 @@ def _view(report: AnnotationReport) -> Table:
     )
     grid.add_row(
         "[bold]graph",
-        f"{report.nodes} nodes, {report.casts} casts ({report.original_casts} in the original)",
+        f"{report.nodes} nodes, {report.casts} casts, {report.constant_casts} of them of constants "
+        f"({report.original_casts} in the original)",
     )
     return grid

@@ -39,6 +39,8 @@ class AnnotationReport:
         plan: what stands in its metadata.
         nodes: nodes of its graph.
         casts: those of them that are a Cast.
+        constant_casts: those of these that data do not reach: runtimes compute them once, when
+            they load the file.
         original_casts: Casts of the original file.
         predicted_error: predicted relative error of the float outputs, ``||dY|| / ||Y||``.
         measured_error: the same measured in onnxruntime on the calibration data.
@@ -52,6 +54,7 @@ class AnnotationReport:
     plan: Plan
     nodes: int
     casts: int
+    constant_casts: int
     original_casts: int
     predicted_error: float
     measured_error: float
@@ -117,7 +120,7 @@ def annotate_onnx(
             other, _ = measured_error(draft, others, originals[len(batches) :])
         _require_promised(max(error, other or 0.0), plan)
     return AnnotationReport(
-        destination, plan, len(model.graph), _casts(model), original_casts,
+        destination, plan, len(model.graph), _casts(model), _constant_casts(model), original_casts,
         plan.predicted_gradient_error, error, other, emulated,
     )  # fmt: skip
 
@@ -156,6 +159,16 @@ def _read(path: Path) -> ir.Model:
 
 def _casts(model: ir.Model) -> int:
     return sum(node.op_type == "Cast" for node in model.graph)
+
+
+def _constant_casts(model: ir.Model) -> int:
+    reached, count = set(model.graph.inputs), 0
+    for node in model.graph:
+        if any(value in reached for value in node.inputs):
+            reached.update(node.outputs)
+        else:
+            count += node.op_type == "Cast"
+    return count
 
 
 def _require_promised(error: float, plan: Plan) -> None:
