@@ -8,13 +8,19 @@ import onnx_ir.passes.common as clean_up
 
 from precision_compiler.annotate.onnx_file import OnnxFile
 from precision_compiler.annotate.placement import FP32, Placement
-from precision_compiler.annotate.schemas import onnx_type, tied_inputs, tied_outputs
+from precision_compiler.annotate.schemas import (
+    has_attribute,
+    onnx_type,
+    tied_inputs,
+    tied_outputs,
+)
 from precision_compiler.formats import CHOICES
 
 Describe = Callable[[ir.Node, str, str], dict[str, str]]
 """Metadata of a node that computes in one format and whose result has another."""
 
 WIDE = ir.DataType.FLOAT
+_SOFTMAX = "softmax_precision"
 
 
 def rewrite_file(file: OnnxFile, placement: Placement, describe: Describe) -> None:
@@ -84,6 +90,8 @@ class _Rewriter:
                 node.replace_input_with(index, self._in_format(value, wanted))
         if fmt == FP32:
             return
+        if has_attribute(node, opset, _SOFTMAX) and _SOFTMAX not in node.attributes:
+            node.attributes.add(ir.AttrInt64(_SOFTMAX, WIDE))  # by default that of its inputs
         for index in tied_outputs(node, opset):
             value = node.outputs[index]
             if self.file.is_float(value):

@@ -63,6 +63,12 @@ def reads(node: ir.Node, opset: int, formats: Iterable[str]) -> bool:
     return all(text in constraints.get(kind, (kind,)) for kind in kinds for text in wanted)
 
 
+def has_attribute(node: ir.Node, opset: int, name: str) -> bool:
+    """Whether the specification knows an attribute of a node."""
+    schema = _schema_of(node, opset)
+    return schema is not None and name in schema.attributes
+
+
 def onnx_type(fmt: str) -> ir.DataType:
     """The ONNX element type that holds a format."""
     dtype = CHOICES[fmt].dtype
