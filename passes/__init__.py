@@ -12,6 +12,7 @@ from precision_compiler.passes.analyse.raise_flags import RaiseFlags
 from precision_compiler.passes.assign.choose_formats import ChooseFormats
 from precision_compiler.passes.assign.score_autocast import ScoreAutocast
 from precision_compiler.passes.assign.set_budget import SetBudget
+from precision_compiler.passes.assign.unify_formats import UnifyFormats
 from precision_compiler.passes.cost.check_support import CheckSupport
 from precision_compiler.passes.cost.find_kernels import FindKernels
 from precision_compiler.passes.cost.price_contractions import PriceContractions
@@ -34,6 +35,7 @@ JUDGE: tuple[Pass, ...] = (
     ScoreAutocast(),
     SetBudget(),
     ChooseFormats(),
+    UnifyFormats(),
 )
 """From statistics to an assignment."""
 
@@ -43,7 +45,7 @@ DECIDE: tuple[Pass, ...] = (MeasureSensitivity(), *JUDGE)
 BORROW: tuple[Pass, ...] = (BorrowStatistics(), *JUDGE)
 """From a graph that cannot be run to an assignment."""
 
-CHOOSE: tuple[Pass, ...] = (ChooseFormats(),)
+CHOOSE: tuple[Pass, ...] = (ChooseFormats(), UnifyFormats())
 """From corrected predictions to another assignment."""
 
 REWRITE: tuple[Pass, ...] = (

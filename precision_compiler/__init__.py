@@ -1,5 +1,6 @@
 """Decide which number format every operation of a Transformer's training graph runs in."""
 
+from precision_compiler.annotate import AnnotationReport, annotate_onnx
 from precision_compiler.backend import compile, emulate, plan_of
 from precision_compiler.compiler import lower, make_frontier, make_plan, measure_error
 from precision_compiler.errors import (
@@ -8,6 +9,7 @@ from precision_compiler.errors import (
     CaptureError,
     ExportError,
     FormatError,
+    OnnxImportError,
     PlanError,
     PlanMismatch,
     PrecisionError,
@@ -27,6 +29,7 @@ from precision_compiler.workload import Workload
 __all__ = [
     "Alternative",
     "AnalysisError",
+    "AnnotationReport",
     "BudgetError",
     "CaptureError",
     "Explanation",
@@ -36,6 +39,7 @@ __all__ = [
     "Frontier",
     "FrontierPoint",
     "MeasuredError",
+    "OnnxImportError",
     "Plan",
     "PlanError",
     "PlanMismatch",
@@ -46,6 +50,7 @@ __all__ = [
     "Verification",
     "Workload",
     "WorkloadError",
+    "annotate_onnx",
     "compile",
     "emulate",
     "explain",

@@ -8,9 +8,11 @@ from pathlib import Path
 from rich.console import Console
 
 from precision_compiler import Plan, Target, export_onnx, make_frontier, make_plan
+from precision_compiler.cli_annotate import add_annotate
 from precision_compiler.cli_common import (
     WORKLOAD,
     add_overrides,
+    budget_of,
     overrides_of,
     require_folder,
     spinner,
@@ -42,6 +44,7 @@ returns precision_compiler.Workload(model, batches):
   precision-compiler plan train.py:workload --target h100 --budget 0.01
   precision-compiler pareto train.py:workload --target h100 --plot frontier.png
   precision-compiler export train.py:workload plan.json -o model.onnx
+  precision-compiler annotate model.onnx --calibration data.npz -o out.onnx
 
 and in a training script:
   precision_compiler.compile(model, batch)   before the first step
@@ -82,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add_diff(commands)
     add_edit(commands)
     _add_export(commands)
+    add_annotate(commands)
     _add_targets(commands)
     add_lower(commands)
     add_selftest(commands)
@@ -246,7 +250,7 @@ def _plan(options: argparse.Namespace) -> None:
             first,
             loss=workload.loss,
             target=options.target,
-            budget=_budget(options.budget),
+            budget=budget_of(options.budget),
             calibration=others,
             held_out=held_out,
             learning_rate=options.learning_rate,
@@ -274,7 +278,7 @@ def _pareto(options: argparse.Namespace) -> None:
             points=options.points,
             loss=workload.loss,
             target=options.target,
-            budget=_budget(options.budget),
+            budget=budget_of(options.budget),
             calibration=others,
             progress=report,
         )
@@ -325,10 +329,3 @@ def _two_or_more(text: str) -> int:
     if _positive(text) < 2:
         raise argparse.ArgumentTypeError("it must be 2 or more")
     return int(text)
-
-
-def _budget(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text

@@ -21,6 +21,14 @@ def require_folder(path: Path) -> None:
         raise PrecisionError(f"there is no folder {path.parent} to write {path.name} in: create it")
 
 
+def budget_of(text: str) -> str | float:
+    """A budget as the command line has it: a number where it is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 @contextmanager
 def spinner(first: str) -> Iterator[Callable[[str], None]]:
     """Shows what is going on and for how long; yields the function that says what is next."""

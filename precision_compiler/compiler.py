@@ -238,13 +238,17 @@ def decide(
     most_bytes: float = inf,
     sibling: Plan | None = None,
     overrides: Mapping[str, str] | None = None,
+    vetoes: Mapping[tuple[str, str], str] | None = None,
     progress: Progress = silent,
 ) -> Decision:
-    """Choose the formats of a captured graph and verify them; arguments as of ``make_plan``."""
+    """Choose the formats of a captured graph and verify them; arguments as of ``make_plan``.
+
+    ``vetoes`` says why a (site, format) is ruled out before anything is measured.
+    """
     unit = Unit(
         captured.joint.copy(), target, budget, Journal(), captured, calibration,
         learning_rate=learning_rate, memory=memory, most_bytes=most_bytes,
-        overrides=overrides or {},
+        overrides=overrides or {}, vetoes=dict(vetoes or {}),
     )  # fmt: skip
     _choose(unit, sibling, progress)
     batch, is_new = (captured, False) if held_out is None else (held_out, True)

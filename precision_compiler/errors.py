@@ -44,6 +44,10 @@ class ExportError(PrecisionError):
     """A model cannot be written as ONNX, or the written file failed its check."""
 
 
+class OnnxImportError(PrecisionError):
+    """An ONNX file cannot be read: it holds an operator or data that the importer does not know."""
+
+
 class ToolchainError(PrecisionError):
     """Something outside Python that compiling needs, such as a C++ compiler, is missing."""
 

@@ -16,7 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses import FakeTensor
 
 from precision_compiler.errors import CaptureError
-from precision_compiler.graph import copied
+from precision_compiler.graph import copied, value_of
 from precision_compiler.sites import Site, find_sites
 from precision_compiler.sizes import size_hint
 
@@ -99,10 +99,21 @@ class JointGraph:
         return not any(isinstance(value, FakeTensor) for value in self.inputs)
 
     @property
-    def gradient_names(self) -> list[str]:
-        """Human names of the inputs that the gradient results belong to, in their order."""
+    def goals(self) -> list[fx.Node]:
+        """The results whose error counts: gradients, or all float results of an inference graph."""
         results = self.module.graph.output_node().args[0]
         assert isinstance(results, (list, tuple))
+        if self.inference:
+            return [node for node in results if isinstance(node, fx.Node) and _is_float(node)]
+        return [node for node in results[self.outputs :] if isinstance(node, fx.Node)]
+
+    @property
+    def goal_names(self) -> list[str]:
+        """Human names of these: of the inputs that gradients belong to, or ``output_0`` and on."""
+        results = self.module.graph.output_node().args[0]
+        assert isinstance(results, (list, tuple))
+        if self.inference:
+            return [f"output_{index}" for index, node in enumerate(results) if _is_float(node)]
         pairs = zip(self.names, results[self.outputs :], strict=True)
         return [name for name, node in pairs if isinstance(node, fx.Node)]
 
@@ -120,6 +131,11 @@ class JointGraph:
             copied(self.module), self.inputs, self.names, self.parameters, self.outputs,
             self.saved, self.inference, self.parts, self._sites,
         )  # fmt: skip
+
+
+def _is_float(node: object) -> bool:
+    value = value_of(node) if isinstance(node, fx.Node) else None
+    return value is not None and value.is_floating_point()
 
 
 class _Hook(CustomGraphPass):

@@ -138,6 +138,8 @@ class Unit:
         )
 
     def _saved(self) -> Saved:
+        if self.joint.inference:
+            return Saved({}, frozenset(), 0.0)
         nodes = {node.name: node for node in self.joint.module.graph.nodes}
         stores = {site.node: name for name, site in self.links.stores.items()}
         roots = {root_of(nodes[name]) for name in self.joint.saved if name in nodes}

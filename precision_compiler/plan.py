@@ -137,6 +137,8 @@ class Plan:
         verification: the check on a batch; None if there was none.
         trial: the steps that were timed; None if there were none.
         tables: what the decision rested on; None in plans that were not solved for.
+        measures: what the errors are of: the parameters' gradients, or, in plans for inference,
+            the outputs.
     """
 
     __pydantic_config__ = STRICT
@@ -155,15 +157,16 @@ class Plan:
     verification: Verification | None = None
     trial: Trial | None = None
     tables: Tables | None = None
+    measures: Literal["gradients", "outputs"] = "gradients"
 
     @property
     def predicted_gradient_error(self) -> float:
-        """Predicted relative gradient error of the whole plan."""
+        """Predicted relative error of the whole plan, of what it ``measures``."""
         return self.totals.predicted_gradient_error
 
     @property
     def predicted_seconds(self) -> float:
-        """Predicted time of one forward and backward pass in seconds."""
+        """Predicted time of one pass in seconds, forward and backward in training."""
         return self.totals.predicted_seconds
 
     @property

@@ -61,6 +61,7 @@ def plan_of_unit(
         verification=verification,
         trial=trial,
         tables=tables_of(problem, unit.baseline),
+        measures="outputs" if unit.joint.inference else "gradients",
     )
 
 

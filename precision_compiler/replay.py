@@ -113,6 +113,8 @@ def gradients_of(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Loss and parameter gradients of a joint graph run without Inductor.
 
+    Of an inference graph, no loss (0) and its float outputs, which take the gradients' place.
+
     Args:
         captured: the graph, its inputs and its objective.
         module: a rewritten graph with the same inputs and results; the captured one by default.
@@ -128,6 +130,9 @@ def gradients_of(
         given = joint.inputs if inputs is None else inputs
         replay = Replay(module or joint.module, given, joint.outputs, run)
         results = [_as_leaf(value) for value in replay.forward()]
+        if joint.inference:
+            floats = [value.detach() for value in results if _is_float(value)]
+            return torch.zeros(()), floats
         with torch.enable_grad():
             loss = captured.objective(lambda: results)
             wanted = replay.tangents_needed(results)
@@ -165,10 +170,12 @@ def _holds_floats(node: Any) -> bool:
     return value is not None and value.is_floating_point()
 
 
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
 def _as_leaf(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.detach().requires_grad_()
-    return value
+    return value.detach().requires_grad_() if _is_float(value) else value
 
 
 def relative_error(found: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> float:

@@ -36,6 +36,7 @@ from precision_compiler.graph import (
     value_of,
     with_movement,
 )
+from precision_compiler.origin import origin_of
 
 MATERIALISED_ELEMENTS = 1024
 """Tensors smaller than this stay as they are: their traffic is below a cache line per core."""
@@ -287,12 +288,16 @@ def _is_storage_site(node: fx.Node, saved: frozenset[str], depths: Mapping[fx.No
     """Whether a float32 tensor is written to memory.
 
     It is where (1) a contraction produces or reads it, (2) the partitioner saves it for the
-    backward pass, or (3) it is read on both sides of a contraction in the same direction.
+    backward pass, or (3) it is read on both sides of a contraction in the same direction. Of a
+    graph from an ONNX file, where (4) it is a value of that file: a runtime keeps all of them.
     """
     if node.op != "call_function" or is_movement(node) or not is_float32(node):
         return False
     if _is_contraction_result(node):
         return True
+    origin = origin_of(node)
+    if origin is not None:
+        return origin.value is not None
     if _is_reduction(node) or node.target is operator.getitem or _is_uniform(node):
         return False
     if prod(shape_of(node)) < MATERIALISED_ELEMENTS:

@@ -96,8 +96,8 @@ class Tape:
         self.primals = [node for node in holders if node not in self.tangents]
         results = graph.output_node().args[0]
         assert isinstance(results, (list, tuple))
-        self.results, gradients = list(results[: joint.outputs]), results[joint.outputs :]
-        self.gradients = [node for node in gradients if isinstance(node, fx.Node)]
+        self.results = list(results[: joint.outputs])
+        self.gradients = joint.goals
         later = reached_from(self.tangents) if self.tangents else set()
         steps = [node for node in graph.nodes if is_step(node)]
         size = max(1, int(min(sum(map(saved_bytes, steps)) / CHUNKS, memory / 4)))
@@ -114,11 +114,15 @@ class Tape:
         return [*self.forward, *self.backward]
 
     def record(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run everything; return the loss and the gradients, one per gradient result."""
+        """Run everything; return the loss and the results whose error counts.
+
+        These are gradients, or the outputs of an inference graph, which has no loss: it is 0.
+        """
         self.values = dict(zip(self.primals, self.captured.joint.inputs, strict=True))
         for chunk in self.forward:
             self._advance(chunk)
-        loss = self._run_objective()
+        inference = self.captured.joint.inference
+        loss = torch.zeros(()) if inference else self._run_objective()
         for chunk in self.backward:
             self._advance(chunk)
         return loss, [self.values[node] for node in self.gradients]
@@ -144,7 +148,8 @@ class Tape:
         for chunk in reversed(self.backward):
             self._retreat(chunk, adjoints, arrived)
             finished(chunk)
-        self._through_objective(adjoints, [name for name in probes if not len(probes[name])])
+        if self._objective is not None:
+            self._through_objective(adjoints, [name for name in probes if not len(probes[name])])
         for chunk in reversed(self.forward):
             self._retreat(chunk, adjoints, arrived)
             finished(chunk)

@@ -53,7 +53,7 @@ class Truth:
             sigma: the predicted standard deviation of its loss.
         """
         loss, found = gradients_of(self.captured, emulated(self.captured, assignment))
-        names = self.captured.joint.gradient_names
+        names = self.captured.joint.goal_names
         tensors = {
             name: _finite(relative_error([one], [exact]))
             for name, one, exact in zip(names, found, self.gradients, strict=True)
@@ -111,7 +111,7 @@ def verify_plan(
         rounded = any(fmt != "fp32" for fmt in unit.assignment.values())
         allowed = unit.budget.limit if rounded else max(unit.budget.limit, _FLOAT32_NOISE)
         passed = found.ratio <= MISS and found.gradient_error <= allowed
-        unit.journal.note(_STEP, _sentence(found, unit.budget.limit, held_out))
+        unit.journal.note(_STEP, _sentence(found, unit, held_out))
         if passed or turn > ROUNDS or not rounded:
             break
         progress(f"Correct the prediction and solve again, round {turn}")
@@ -157,8 +157,14 @@ def _groups(unit: Unit) -> dict[str, list[str]]:
     return groups
 
 
-def _sentence(found: MeasuredError, limit: float, held_out: bool) -> str:
+def _sentence(found: MeasuredError, unit: Unit, held_out: bool) -> str:
     batch = "a held-out batch" if held_out else "the calibration batch"
+    limit = unit.budget.limit
+    if unit.joint.inference:
+        return (
+            f"on {batch} the outputs err by {found.gradient_error:.3g}, predicted "
+            f"{found.predicted_gradient_error:.3g}, allowed {limit:.3g}"
+        )
     return (
         f"on {batch} the gradient errs by {found.gradient_error:.3g}, predicted "
         f"{found.predicted_gradient_error:.3g}, allowed {limit:.3g}; per tensor "

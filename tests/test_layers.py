@@ -29,6 +29,7 @@ LAYERS = (
         "limited",
         "measure",
         "observation",
+        "origin",
         "outcomes",
         "rounding",
         "scaled",
@@ -55,6 +56,7 @@ LAYERS = (
         "emulation",
         "exactness",
         "graph",
+        "importing",
         "joint",
         "links",
         "noise",
@@ -88,15 +90,9 @@ LAYERS = (
     {"verification"},
     {"backend", "compiler"},
     {"report", "export"},
-    {
-        "",
-        "cli",
-        "cli_common",
-        "cli_gpu",
-        "cli_plans",
-        "demo",
-        "__main__",
-    },  # "" is the package itself with its public names
+    {"annotate"},
+    # "" is the package itself with its public names
+    {"", "cli", "cli_annotate", "cli_common", "cli_gpu", "cli_plans", "demo", "__main__"},
 )
 
 

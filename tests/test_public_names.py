@@ -9,6 +9,7 @@ from precision_compiler import errors
 
 CLASSES = {
     "Alternative",
+    "AnnotationReport",
     "Explanation",
     "Flag",
     "Frontier",
@@ -20,6 +21,7 @@ CLASSES = {
     "Workload",
 }
 MAIN_NAMES = CLASSES | {
+    "annotate_onnx",
     "compile",
     "emulate",
     "explain",

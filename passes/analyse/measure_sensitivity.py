@@ -54,7 +54,8 @@ class MeasureSensitivity:
     7. Where the target adds products up in a narrow format, the partial sums of some results of
        every matrix product give its error.
     8. The gradient's noise between mini-batches is estimated where the budget depends on it.
-    9. Several batches are averaged. Where autograd would keep more bytes than the unit's memory,
+    9. In an inference graph the outputs take the place of the gradients; there is no loss.
+    10. Several batches are averaged. Where autograd would keep more bytes than the unit's memory,
        parts of the graph are run twice instead.
 
     Attributes:
@@ -109,16 +110,24 @@ class MeasureSensitivity:
             tensors = _tensors(tape, gradients, noise)
             norm = sum(tensor.norm**2 for tensor in tensors) ** 0.5
             if not (isfinite(norm) and norm > 0):
-                raise AnalysisError(
-                    f"the gradient norm on this batch is {norm}: pass a batch with a finite loss "
-                    "that depends on the parameters"
-                )
-            probes = {"gradient": _signs(gradients, [1 / norm] * len(tensors), seed), "loss": []}
+                raise AnalysisError(_useless(norm, tape.captured.joint.inference))
+            probes = {"gradient": _signs(gradients, [1 / norm] * len(tensors), seed)}
+            if not tape.captured.joint.inference:
+                probes["loss"] = []
             if self.tensors:
                 probes["tensor"] = _signs(gradients, _tensor_weights(tensors), seed + 1)
             tape.differentiate(probes, partial(_turn_to, probe), probe.finish)
             probe.finish_rest()
         return probe.statistics(norm, float(loss), tensors), gradients
+
+
+def _useless(norm: float, inference: bool) -> str:
+    if inference:
+        return f"the norm of the outputs on this batch is {norm}: pass one with finite outputs"
+    return (
+        f"the gradient norm on this batch is {norm}: pass a batch with a finite loss that depends "
+        "on the parameters"
+    )
 
 
 def _turn_to(probe: Probe, objective: str) -> None:
@@ -172,7 +181,7 @@ def _tensors(
     sizes = [gradient.numel() for gradient in gradients]
     if noise is None:
         noise = _float32_noise(tape, gradients, norms, sizes)
-    return tuple(map(TensorGradient, tape.captured.joint.gradient_names, norms, noise, sizes))
+    return tuple(map(TensorGradient, tape.captured.joint.goal_names, norms, noise, sizes))
 
 
 def _float32_noise(

@@ -1,7 +1,7 @@
 """See RaiseFlags."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import ClassVar
 
@@ -9,6 +9,7 @@ from precision_compiler.errors import InternalError
 from precision_compiler.flags import Flag
 from precision_compiler.formats import CHOICES, Format
 from precision_compiler.observation import update_loss
+from precision_compiler.origin import origin_of
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.statistics import Sensitivity, Statistics
 
@@ -40,7 +41,8 @@ class RaiseFlags:
     9. Zero gradient: a parameter whose gradient is float32 noise; no metric counts it.
     10. Accumulation: the target adds products up in a narrow format; a veto where the terms of one
        sign are more than that format has steps, so that sums would stop growing.
-    11. Update swamping: for a given learning rate, the share of bf16 weights that an update of
+    11. Constants of an ONNX file are the same on every batch: no margin and no drift for them.
+    12. Update swamping: for a given learning rate, the share of bf16 weights that an update of
        that size would leave unchanged.
     """
 
@@ -60,10 +62,12 @@ class RaiseFlags:
         """Fill ``unit.flags`` and ``unit.vetoes``."""
         if unit.statistics is None:
             raise InternalError("raise-flags ran without statistics")
+        constants = _constants(unit)
         for site in unit.joint.sites:
             tensors = list(_tensors(unit.statistics, site.name, site.kind))
+            rules = replace(self, margin=0, drift=0) if site.node in constants else self
             for name in unit.formats_for(site.kind):
-                unit.flags += self._of_site(site.name, tensors, CHOICES[name])
+                unit.flags += rules._of_site(site.name, tensors, CHOICES[name])
         for name, seen in unit.statistics.ranges.items():
             for fmt in CHOICES.values():
                 if fmt.name in _ALWAYS or fmt.name in unit.target.formats:
@@ -129,6 +133,12 @@ class RaiseFlags:
         if tensor.size == 1:
             sentence = "it is a single number: its rounding error on another batch is another draw"
             yield Flag("single-element", site, fmt.name, sentence, {}, False)
+
+
+def _constants(unit: Unit) -> set[str]:
+    """Names of the nodes that stand for constants of an ONNX file."""
+    origins = {node.name: origin_of(node) for node in unit.joint.module.graph.nodes}
+    return {name for name, origin in origins.items() if origin is not None and not origin.node}
 
 
 def _finite(number: float) -> float:

@@ -16,6 +16,7 @@ from precision_compiler.graph import (
     is_movement,
     root_of,
 )
+from precision_compiler.origin import origin_of
 from precision_compiler.pipeline import Numerics, Unit
 
 
@@ -29,6 +30,7 @@ class FindKernels:
        each contraction depth. It writes what a later kernel or contraction reads, and reads what
        earlier ones wrote; what the partitioner does not save for the backward pass is computed
        again there from what it saves.
+    3. A graph from an ONNX file is executed as it stands there: one kernel for each of its nodes.
     """
 
     name: ClassVar[str] = "find-kernels"
@@ -40,7 +42,8 @@ class FindKernels:
     def run(self, unit: Unit) -> bool:
         """Fill ``unit.kernels``."""
         joint = unit.joint
-        asked = unit.target.machine is not None and bool(joint.parts)
+        literal = any(origin_of(node) is not None for node in joint.module.graph.nodes)
+        asked = unit.target.machine is not None and bool(joint.parts) and not literal
         if asked:
             parts = (kernels_of(part, inference=joint.inference) for part in joint.parts)
             unit.kernels = tuple(kernel for part in parts for kernel in part)
@@ -48,17 +51,20 @@ class FindKernels:
             unit.kernels = tuple(expected_kernels(joint.module.graph, joint.saved))
         generated = sum(kernel.generated for kernel in unit.kernels)
         how = "Inductor's scheduler" if asked else "contraction depths"
+        how = "nodes of the file" if literal else how
         unit.journal.note(self.name, f"{generated} fused kernels, by {how}")
         return False
 
 
 def expected_kernels(graph: fx.Graph, saved: frozenset[str]) -> Iterator[Kernel]:
-    """The fused kernels of a graph by rule 2, in the order of their depth."""
+    """The fused kernels of a graph by rules 2 and 3, in the order of their depth."""
     depths = contraction_depths(graph)
-    groups: dict[tuple[bool, int], list[fx.Node]] = defaultdict(list)
+    groups: dict[tuple[bool, int | str], list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
-        if is_fused(node):
-            groups[is_backward(node), depths[node]].append(node)
+        origin = origin_of(node)
+        place = depths[node] if origin is None else origin.node
+        if is_fused(node) and place != _CONSTANT:
+            groups[is_backward(node), place].append(node)
     for (backward, _), nodes in groups.items():
         group = set(nodes)
         read: dict[str, None] = {}
@@ -68,6 +74,9 @@ def expected_kernels(graph: fx.Graph, saved: frozenset[str]) -> Iterator[Kernel]
         written = (node.name for node in nodes if _outlives(node, group, backward, saved))
         names = tuple(node.name for node in nodes)
         yield Kernel(names, tuple(read), tuple(written), True, backward)
+
+
+_CONSTANT = ""  # the copy of a constant of the file: nothing that runs
 
 
 def is_fused(node: fx.Node) -> bool:

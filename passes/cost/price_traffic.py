@@ -18,6 +18,7 @@ from precision_compiler.graph import (
     shape_of,
     value_of,
 )
+from precision_compiler.origin import origin_of
 from precision_compiler.passes.cost.find_kernels import is_fused
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.target import Target
@@ -37,7 +38,8 @@ class PriceTraffic:
        hardware multiplies only operands that are contiguous along the sum, and in block formats,
        a copy is written once for each way in which its readers sum over it; blocks of MX formats
        need no amax of the whole tensor, but their scales are arranged for the hardware by a kernel.
-    4. Formats change nothing about launches, tensors that are no site, and arithmetic, which is
+    4. In a graph from an ONNX file no cast fuses. Its weights are cast in the file: that is free.
+    5. Formats change nothing about launches, tensors that are no site, and arithmetic, which is
        float32: together they are the fixed time. On this machine arithmetic is timed, operation
        by operation, on tensors that stay in its caches; on others it hides behind the traffic.
     """
@@ -72,7 +74,9 @@ class PriceTraffic:
         layouts = _layouts(unit, nodes)
         unit.cast_prices = {
             source: {
-                fmt: cast_seconds(nodes[source], fmt, unit.target, ways if fmt in rigid else 1)
+                fmt: 0.0
+                if unit.joint.inference and source in unit.joint.parameters
+                else cast_seconds(nodes[source], fmt, unit.target, ways if fmt in rigid else 1)
                 for fmt in CHOICES
             }
             for source in sorted(sources)
@@ -128,7 +132,8 @@ def cast_seconds(node: fx.Node, fmt: str, target: Target, layouts: int = 1) -> f
     elements = prod(shape_of(node))
     written = layouts * target.write_seconds(elements * CHOICES[fmt].bytes)
     read = target.read_seconds(elements * CHOICES["fp32"].bytes) + target.launch_seconds
-    passes = int(not is_fused(node)) + int(_needs_amax(fmt, target))
+    alone = not is_fused(node) or origin_of(node) is not None
+    passes = int(alone) + int(_needs_amax(fmt, target))
     arranging = 0.0
     if CHOICES[fmt].block:  # the cast itself is one of the kernels
         arranging = layouts * (target.quantisation("block").kernels - 1) * target.launch_seconds

@@ -2,7 +2,6 @@
 
 import base64
 import inspect
-import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import fx, nn
 from precision_compiler.capture import capture_inference
 from precision_compiler.compiler import check_forward, rewrite
 from precision_compiler.errors import ExportError
+from precision_compiler.export.annotations import PLAN_KEY, node_entries, plan_entries
 from precision_compiler.export.emulated_formats import spell_out_rounding
 from precision_compiler.export.onnx_writer import GraphInput, OnnxReport, read_metadata, write_onnx
 from precision_compiler.facts import facts_of
@@ -22,9 +22,6 @@ from precision_compiler.graph import root_of
 from precision_compiler.joint import JointGraph
 from precision_compiler.plan import NodeChoice, Plan
 from precision_compiler.record import node_choices
-
-PLAN_KEY = "precision_compiler.plan.zlib.base64"
-_PREFIX = "precision_compiler."
 
 
 def export_onnx(
@@ -57,7 +54,7 @@ def export_onnx(
         parameters=parameters,
         inputs=inputs,
         annotations=_annotations(joint.module.graph, plan),
-        model_metadata=_metadata(plan),
+        model_metadata=plan_entries(plan),
         path=Path(path),
     )
 
@@ -77,19 +74,6 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
     except (ValueError, zlib.error) as error:
         raise ExportError(f"the plan in {path} is damaged: {error}") from error
     return Plan.from_json(text, f"the plan in {path}")
-
-
-def _metadata(plan: Plan) -> dict[str, str]:
-    packed = base64.b64encode(zlib.compress(plan.to_json().encode())).decode()
-    return {
-        PLAN_KEY: packed,
-        f"{_PREFIX}target": plan.target,
-        f"{_PREFIX}budget": f"{plan.budget.asked} = {plan.budget.limit:.4g}",
-        f"{_PREFIX}fingerprint": plan.fingerprint,
-        f"{_PREFIX}predicted_gradient_error": f"{plan.predicted_gradient_error:.4g}",
-        f"{_PREFIX}predicted_seconds": f"{plan.predicted_seconds:.4g}",
-        f"{_PREFIX}versions": json.dumps(dict(plan.versions)),
-    }
 
 
 def _inputs(
@@ -138,16 +122,5 @@ def _annotations(graph: fx.Graph, plan: Plan) -> dict[str, dict[str, str]]:
 
 def _annotation(node: fx.Node, choice: NodeChoice) -> dict[str, str]:
     owner = facts_of(root_of(node))
-    words = {
-        "node": choice.name,
-        "compute_format": choice.compute_format,
-        "storage_format": choice.storage_format,
-        "reason": choice.reason,
-        "predicted_seconds": f"{choice.seconds:.4g}",
-        "predicted_error": f"{choice.error:.4g}",
-    }
-    if choice.site is not None:
-        words["site"] = choice.site
-    if owner is not None and owner.name != choice.name:
-        words["shows"] = owner.name
-    return {f"{_PREFIX}{key}": value for key, value in words.items()}
+    shows = owner.name if owner is not None and owner.name != choice.name else None
+    return node_entries(choice, shows)

@@ -96,7 +96,7 @@ def write_onnx(
     _name_values(model, module, parameters, inputs)
     model.metadata_props.update(model_metadata)
     operations = [node.op_type for node in model.graph]
-    with _published(model, path) as draft:
+    with published(model, path) as draft:
         comparison = check_file(
             draft, module, arguments, {given.name: given.example for given in inputs}
         )
@@ -203,7 +203,7 @@ def _fresh_names(taken: set[str]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _published(model: ir.Model, path: Path) -> Iterator[Path]:
+def published(model: ir.Model, path: Path) -> Iterator[Path]:
     """Write a draft beside ``path`` and move it there if the body ends without an error."""
     weights = [value.const_value for value in model.graph.initializers.values()]
     large = sum(tensor.nbytes for tensor in weights if tensor is not None) > _EXTERNAL_BYTES

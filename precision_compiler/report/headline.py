@@ -88,7 +88,7 @@ def facts(plan: Plan) -> list[Fact]:
             f"{totals.gap:.1%}: proven that no plan within the budget takes less than "
             f"{milliseconds(totals.bound_seconds)} ms",
         ),
-        _verified(plan.verification),
+        _verified(plan, plan.verification),
     ]
     return found if plan.trial is None else [*found, Fact("trial", plan.trial.sentence)]
 
@@ -110,18 +110,24 @@ def particulars(plan: Plan) -> list[Fact]:
     ]
 
 
-def _verified(verification: Verification | None) -> Fact:
+def _verified(plan: Plan, verification: Verification | None) -> Fact:
     if verification is None:
         return Fact("verification", "none: the prediction was not checked on a batch", bad=True)
     found = verification.measured
     batch = "a held-out batch" if verification.held_out else "the calibration batch"
     verdict = "passed" if verification.passed else "FAILED"
+    of_outputs = plan.measures == "outputs"
+    loss = (
+        ""
+        if of_outputs
+        else (f"; loss {found.loss_error:+.1g}, sigma {found.predicted_loss_sigma:.1g} predicted")
+    )
     return Fact(
         "verification",
-        f"{verdict}: gradient error {found.gradient_error:.2g} measured on {batch}, "
-        f"{found.predicted_gradient_error:.2g} predicted (ratio {found.ratio:.2f}); "
-        f"per tensor {found.tensor_error:.2g}; loss {found.loss_error:+.1g}, "
-        f"sigma {found.predicted_loss_sigma:.1g} predicted; rounds: {verification.rounds}",
+        f"{verdict}: {'output' if of_outputs else 'gradient'} error {found.gradient_error:.2g} "
+        f"measured on {batch}, {found.predicted_gradient_error:.2g} predicted (ratio "
+        f"{found.ratio:.2f}); per tensor {found.tensor_error:.2g}{loss}; rounds: "
+        f"{verification.rounds}",
         bad=not verification.passed,
     )
 

@@ -65,7 +65,7 @@ def totals_view(plan: Plan) -> RenderableType:
     grid.add_row("[bold]time", _time_line(totals))
     grid.add_row("[bold]error", _error_line(plan))
     if plan.verification is not None:
-        grid.add_row("[bold]measured", _measured_line(plan.verification))
+        grid.add_row("[bold]measured", _measured_line(plan, plan.verification))
     if totals.activation_bytes:
         grid.add_row("[bold]memory", _memory_line(totals))
     if plan.trial is not None:
@@ -252,10 +252,14 @@ def _error_line(plan: Plan) -> str:
     )
 
 
-def _measured_line(verification: Verification) -> str:
+def _measured_line(plan: Plan, verification: Verification) -> str:
     found = verification.measured
     batch = "a held-out batch" if verification.held_out else "the calibration batch"
     verdict = "" if verification.passed else " [bold red]outside of what was promised[/]"
+    if plan.measures == "outputs":
+        return (
+            f"{found.gradient_error:.2g} on {batch}, {found.tensor_error:.2g} per output{verdict}"
+        )
     return (
         f"{found.gradient_error:.2g} on {batch}, {found.tensor_error:.2g} per tensor,"
         f" loss {found.loss_error:+.1g} (sigma {found.predicted_loss_sigma:.1g} predicted){verdict}"

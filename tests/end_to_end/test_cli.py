@@ -13,8 +13,8 @@ from precision_compiler.cli import main
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    "demo", "plan", "pareto", "show", "report", "explain", "diff", "export", "targets",
-    "edit", "lower", "selftest",
+    "demo", "plan", "pareto", "show", "report", "explain", "diff", "edit", "export", "annotate",
+    "targets", "lower", "selftest",
 )  # fmt: skip
 WORKLOAD = """
 import torch

@@ -149,7 +149,7 @@ def test_emulated_model_trains_with_the_gradients_of_the_emulated_graph(plan: Pl
         losses.append(model(*batch))
         losses[-1].backward()
         gradients = dict(model.named_parameters())
-        ours = [gradients[name].grad for name in found.joint.gradient_names]
+        ours = [gradients[name].grad for name in found.joint.goal_names]
         assert relative_error([g for g in ours if g is not None], expected) < 1e-5
         assert losses[-1].item() == pytest.approx(loss.item(), rel=1e-5)
         if step == 0:

@@ -106,7 +106,7 @@ def test_errors_of_a_model_are_relative_to_each_tensor_and_leave_zero_gradients_
     (_, exact), (_, there) = (
         gradients_of(found, module) for module in (None, emulated(found, unit.assignment))
     )
-    pairs = list(zip(found.joint.gradient_names, exact, there, strict=True))
+    pairs = list(zip(found.joint.goal_names, exact, there, strict=True))
     errors = {n: float((b - a).norm() / a.norm()) for n, a, b in pairs if n != "key.bias"}
     measured = Truth(found, ["key.bias"]).measure(unit.assignment, 1.0, 1.0)
     assert measured.zero_gradients == ("key.bias",)
