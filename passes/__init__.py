@@ -17,6 +17,7 @@ from precision_compiler.passes.cost.check_support import CheckSupport
 from precision_compiler.passes.cost.find_kernels import FindKernels
 from precision_compiler.passes.cost.price_contractions import PriceContractions
 from precision_compiler.passes.cost.price_traffic import PriceTraffic
+from precision_compiler.passes.lower.choose_attention import ChooseAttention
 from precision_compiler.passes.lower.emulate_formats import EmulateFormats
 from precision_compiler.passes.lower.lower_contractions import LowerContractions
 from precision_compiler.passes.lower.place_kernels import PlaceKernels
@@ -52,6 +53,7 @@ REWRITE: tuple[Pass, ...] = (
     InsertCasts(),
     SinkCasts(),
     FoldCasts(),
+    ChooseAttention(),
     LowerContractions(),
     PlaceKernels(),
     SpellOutOperands(),

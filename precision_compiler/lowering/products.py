@@ -18,6 +18,9 @@ SCALED_MM = aten._scaled_mm.default
 SCALED_GEMM = torch.ops.precision_compiler.scaled_gemm.default
 BLOCK_GEMM = torch.ops.precision_compiler.block_gemm.default
 
+FLASH = aten._scaled_dot_product_flash_attention.default
+FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward.default
+
 _BLOCK_FORMATS: Mapping[tuple[torch.dtype, torch.dtype], str] = MappingProxyType(
     {
         (torch.float8_e4m3fn, torch.float8_e8m0fnu): "mxfp8",
@@ -73,6 +76,8 @@ def format_of_product(node: fx.Node) -> str | None:
     if node.target in (SCALED_MM, SCALED_GEMM):
         left, right, *scales = (_dtype(argument) for argument in node.args[:4])
         names = [_scaled(*pair) for pair in zip((left, right), scales, strict=True)]
+    elif node.target in (FLASH, FLASH_BACKWARD):
+        names = [_scaled(_dtype(argument), None) for argument in node.args[:3]]
     elif contraction_rule(node) is not None:
         names = [_scaled(_dtype(value), None) for value in rounded_arguments(node).values()]
     else:
