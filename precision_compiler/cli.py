@@ -9,8 +9,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from precision_compiler import Plan, Target, export_onnx, make_frontier, make_plan
-from precision_compiler.cli_plans import add_diff, add_report, add_show, require_folder
+from precision_compiler import Target, export_onnx, make_frontier, make_plan
+from precision_compiler.cli_plans import (
+    PLAN,
+    add_diff,
+    add_report,
+    add_show,
+    load_plan,
+    require_folder,
+)
 from precision_compiler.demo import Demo, run_demo
 from precision_compiler.errors import PrecisionError
 from precision_compiler.kernels.selftest import selftest
@@ -198,7 +205,7 @@ def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "site, and prints what that costs in time and error and what else would change.",
         epilog="example: precision-compiler explain plan.json blocks.0.fc.wgrad",
     )
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan.json")
+    parser.add_argument("plan", type=Path, metavar="PLAN", help=PLAN)
     parser.add_argument("site", metavar="SITE", help="a site's name, as `show --sites` lists them")
     parser.set_defaults(command=_explain)
 
@@ -269,7 +276,7 @@ def _plan(options: argparse.Namespace) -> None:
             held_out=held_out,
             learning_rate=options.learning_rate,
             activation_memory=options.activation_memory,
-            sibling=None if options.sibling is None else Plan.load(options.sibling),
+            sibling=None if options.sibling is None else load_plan(options.sibling),
             overrides=_overrides(options),
             progress=report,
         )
@@ -306,7 +313,7 @@ def _pareto(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    plan = Plan.load(options.plan)
+    plan = load_plan(options.plan)
     with _spinner("solving again"):
         found = plan.explain(options.site)
     show_explanation(found, Console())
@@ -314,7 +321,7 @@ def _explain(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     workload = load_workload(options.workload)
-    plan = Plan.load(options.plan)
+    plan = load_plan(options.plan)
     require_folder(options.output)
     with _spinner("exporting"):
         export_onnx(workload.model, workload.first_batch(), plan, options.output)

@@ -1,10 +1,7 @@
 """Plans leave as annotated ONNX models."""
 
-import base64
 import inspect
-import json
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +13,15 @@ from precision_compiler.capture import capture_inference
 from precision_compiler.compiler import check_forward, rewrite
 from precision_compiler.errors import ExportError
 from precision_compiler.export.emulated_formats import spell_out_rounding
-from precision_compiler.export.onnx_writer import GraphInput, OnnxReport, read_metadata, write_onnx
+from precision_compiler.export.onnx_writer import GraphInput, OnnxReport, write_onnx
+from precision_compiler.export.plan_metadata import PREFIX, metadata_of, read_plan
 from precision_compiler.facts import facts_of
 from precision_compiler.graph import root_of
 from precision_compiler.joint import JointGraph
 from precision_compiler.plan import NodeChoice, Plan
 from precision_compiler.record import node_choices
 
-PLAN_KEY = "precision_compiler.plan.zlib.base64"
-_PREFIX = "precision_compiler."
+__all__ = ["export_onnx", "read_plan"]
 
 
 def export_onnx(
@@ -57,39 +54,9 @@ def export_onnx(
         parameters=parameters,
         inputs=inputs,
         annotations=_annotations(joint.module.graph, plan),
-        model_metadata=_metadata(plan),
+        model_metadata=metadata_of(plan),
         path=Path(path),
     )
-
-
-def read_plan(path: str | os.PathLike[str]) -> Plan:
-    """Read the plan back from an exported file.
-
-    Raises:
-        ExportError: the file cannot be read or carries no plan.
-        PlanError: the plan in it is damaged.
-    """
-    found = read_metadata(Path(path))
-    if PLAN_KEY not in found:
-        raise ExportError(f"{path} carries no plan: export it with export_onnx")
-    try:
-        text = zlib.decompress(base64.b64decode(found[PLAN_KEY]))
-    except (ValueError, zlib.error) as error:
-        raise ExportError(f"the plan in {path} is damaged: {error}") from error
-    return Plan.from_json(text, f"the plan in {path}")
-
-
-def _metadata(plan: Plan) -> dict[str, str]:
-    packed = base64.b64encode(zlib.compress(plan.to_json().encode())).decode()
-    return {
-        PLAN_KEY: packed,
-        f"{_PREFIX}target": plan.target,
-        f"{_PREFIX}budget": f"{plan.budget.asked} = {plan.budget.limit:.4g}",
-        f"{_PREFIX}fingerprint": plan.fingerprint,
-        f"{_PREFIX}predicted_gradient_error": f"{plan.predicted_gradient_error:.4g}",
-        f"{_PREFIX}predicted_seconds": f"{plan.predicted_seconds:.4g}",
-        f"{_PREFIX}versions": json.dumps(dict(plan.versions)),
-    }
 
 
 def _inputs(
@@ -150,4 +117,4 @@ def _annotation(node: fx.Node, choice: NodeChoice) -> dict[str, str]:
         words["site"] = choice.site
     if owner is not None and owner.name != choice.name:
         words["shows"] = owner.name
-    return {f"{_PREFIX}{key}": value for key, value in words.items()}
+    return {f"{PREFIX}{key}": value for key, value in words.items()}

@@ -114,10 +114,12 @@ def read_metadata(path: Path) -> Mapping[str, str]:
     """Return the metadata of an ONNX model; external weights are not read.
 
     Raises:
-        ExportError: the file is not an ONNX model.
+        ExportError: the file cannot be read, or is not an ONNX model.
     """
     try:
         model = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise ExportError(f"cannot read the model {path}: {error.strerror}") from error
     except DecodeError as error:
         raise ExportError(f"{path} is not an ONNX model") from error
     return {entry.key: entry.value for entry in model.metadata_props}
