@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from precision_compiler.capture import capture_inference
 from precision_compiler.compiler import check_forward, rewrite
 from precision_compiler.errors import ExportError
-from precision_compiler.export.emulated_formats import spell_out_rounding
+from precision_compiler.export.annotations import annotations_of
 from precision_compiler.export.onnx_writer import GraphInput, OnnxReport, write_onnx
-from precision_compiler.export.plan_metadata import PREFIX, metadata_of, read_plan
-from precision_compiler.facts import facts_of
-from precision_compiler.graph import root_of
+from precision_compiler.export.operand_rounding import prepare_rounding
+from precision_compiler.export.plan_metadata import metadata_of, read_plan
 from precision_compiler.joint import JointGraph
-from precision_compiler.plan import NodeChoice, Plan
-from precision_compiler.record import node_choices
+from precision_compiler.plan import Plan
 
 __all__ = ["export_onnx", "read_plan"]
 
@@ -47,13 +45,13 @@ def export_onnx(
     joint = capture_inference(model, batch)
     check_forward(plan, joint.sites)
     rewrite(joint, plan, strict=False)
-    spell_out_rounding(joint.module)
+    prepare_rounding(joint.module, joint.inputs)
     inputs, parameters = _inputs(model, batch, joint)
     return write_onnx(
         joint.module,
         parameters=parameters,
         inputs=inputs,
-        annotations=_annotations(joint.module.graph, plan),
+        annotations=annotations_of(joint.module.graph, plan),
         model_metadata=metadata_of(plan),
         path=Path(path),
     )
@@ -93,28 +91,3 @@ def _public_names(model: nn.Module, batch: Any) -> dict[int, str]:
         for index, leaf in enumerate(leaves):
             names[id(leaf)] = name if len(leaves) == 1 else f"{name}_{index}"
     return names
-
-
-def _annotations(graph: fx.Graph, plan: Plan) -> dict[str, dict[str, str]]:
-    nodes = [node for node in graph.nodes if node.op == "call_function"]
-    choices = node_choices(graph, plan.sites)
-    return {
-        node.name: _annotation(node, choice) for node, choice in zip(nodes, choices, strict=True)
-    }
-
-
-def _annotation(node: fx.Node, choice: NodeChoice) -> dict[str, str]:
-    owner = facts_of(root_of(node))
-    words = {
-        "node": choice.name,
-        "compute_format": choice.compute_format,
-        "storage_format": choice.storage_format,
-        "reason": choice.reason,
-        "predicted_seconds": f"{choice.seconds:.4g}",
-        "predicted_error": f"{choice.error:.4g}",
-    }
-    if choice.site is not None:
-        words["site"] = choice.site
-    if owner is not None and owner.name != choice.name:
-        words["shows"] = owner.name
-    return {f"{PREFIX}{key}": value for key, value in words.items()}

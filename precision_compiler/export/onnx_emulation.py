@@ -1,15 +1,20 @@
 """Runs an ONNX file in onnxruntime's CPU provider, whose kernels for bfloat16 are few.
 
 Each operation is offered to it alone; those it lacks run in float32 between casts, in a copy in
-memory. The file itself is never changed.
+memory. The file itself is never changed. A file with formats that it does not have at all is run
+by the specification's reference evaluator, which is slow.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime  # type: ignore[import-untyped]
 import torch
+from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # type: ignore[import-untyped]
 
 ORT_ERRORS = (
@@ -33,14 +38,37 @@ _LOW = frozenset(
         ir.DataType.FLOAT8E5M2,
     }
 )
+_UNKNOWN = frozenset({ir.DataType.FLOAT8E8M0, ir.DataType.FLOAT4E2M1})
+"""Formats that onnxruntime's CPU provider can neither compute in nor cast to."""
 _NUMPY_LACKS = _LOW - {ir.DataType.FLOAT16}
 _KERNELS: dict[tuple[object, ...], bool] = {}
 """What onnxruntime has been asked so far: (operation, opset, types) -> has a kernel."""
 
 
-def run_file(path: Path, inputs: Mapping[str, torch.Tensor]) -> tuple[list[torch.Tensor], int]:
-    """Outputs of the model, and how many of its nodes had to be emulated."""
+@dataclass(frozen=True)
+class Run:
+    """What came out of a file.
+
+    Attributes:
+        outputs: its results.
+        emulated_nodes: nodes that ran in float32 between casts.
+        evaluator: "onnxruntime" or "onnx.reference".
+    """
+
+    outputs: list[torch.Tensor]
+    emulated_nodes: int
+    evaluator: str
+
+
+def run_file(path: Path, inputs: Mapping[str, torch.Tensor]) -> Run:
+    """Run a model on inputs by name."""
     model = ir.load(path)
+    values = [*model.graph.initializers.values(), *(v for n in model.graph for v in n.outputs)]
+    if _UNKNOWN.intersection(value.dtype for value in values):
+        held = {value.name for value in model.graph.inputs}
+        feed = {name: _exact_numpy(x) for name, x in inputs.items() if name in held}
+        arrays = ReferenceEvaluator(str(path)).run(None, feed)
+        return Run([_tensor_of(array) for array in arrays], 0, "onnx.reference")
     emulated = _emulate(model)
     outer = _widen_boundary(model)
     if emulated or outer:
@@ -50,7 +78,17 @@ def run_file(path: Path, inputs: Mapping[str, torch.Tensor]) -> tuple[list[torch
         session = _session(str(path))
     held = {given.name for given in session.get_inputs()}
     feed = {name: _numpy_ready(x) for name, x in inputs.items() if name in held}
-    return [torch.from_numpy(array) for array in session.run(None, feed)], emulated
+    return Run([_tensor_of(array) for array in session.run(None, feed)], emulated, "onnxruntime")
+
+
+def _exact_numpy(x: torch.Tensor) -> Any:
+    return ir.tensor_adapters.TorchTensor(x.detach().cpu()).numpy()
+
+
+def _tensor_of(array: Any) -> torch.Tensor:
+    """A result as a tensor, formats that numpy lacks in float32."""
+    known = array if array.dtype.isbuiltin else array.astype(np.float32)
+    return torch.from_numpy(np.array(known))
 
 
 def _numpy_ready(x: torch.Tensor) -> object:

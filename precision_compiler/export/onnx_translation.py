@@ -21,8 +21,8 @@ import torch
 from torch import fx
 
 from precision_compiler.errors import ExportError
+from precision_compiler.export.onnx_quantise import TRANSLATIONS, versions_of
 
-OPSET = 23
 ORIGIN = "precision_compiler.origin"
 """Metadata key of every ONNX node: the fx node it comes from, or ``exporter``."""
 
@@ -49,10 +49,13 @@ def translate(
     Raises:
         ExportError: an operation has no ONNX form; the message names the node.
     """
-    program = _export(module, arguments)
+    opset, ir_version = versions_of(module.graph)
+    program = _export(module, arguments, opset)
+    model = program.model
+    model.ir_version = ir_version
     _annotate(program, annotations)
-    _tidy(program.model)
-    return program.model
+    _tidy(model)
+    return model
 
 
 def _var_mean(
@@ -150,14 +153,21 @@ def _marked_copy(module: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def _export(module: fx.GraphModule, arguments: list[torch.Tensor]) -> torch.onnx.ONNXProgram:
+def _export(
+    module: fx.GraphModule, arguments: list[torch.Tensor], opset: int
+) -> torch.onnx.ONNXProgram:
     marked = _marked_copy(module)
     with torch.no_grad(), _quiet(), torch.fx.traceback.preserve_node_meta():
         program = torch.export.export(_Program(marked).eval(), tuple(arguments))
         try:
             # Not optimised: that would rename and merge parameters and drop annotations.
             exported = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
+                program,
+                dynamo=True,
+                opset_version=opset,
+                optimize=False,
+                verbose=False,
+                custom_translation_table=dict(TRANSLATIONS),
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(_blame(error, module)) from error

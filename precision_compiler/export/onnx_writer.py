@@ -15,10 +15,10 @@ from google.protobuf.message import DecodeError
 from torch import fx
 
 from precision_compiler.errors import ExportError
+from precision_compiler.export.fold_weights import fold_weights
 from precision_compiler.export.onnx_check import check_file
 from precision_compiler.export.onnx_translation import CONSTANT_PREFIX, translate
 
-_IR_VERSION = 10
 _EXTERNAL_BYTES = 1_500_000_000
 """Weights beyond this go to a second file: one protobuf message holds at most 2 GiB."""
 
@@ -46,10 +46,12 @@ class OnnxReport:
         path: the file.
         nodes: nodes of the ONNX graph.
         casts: those of them that are a Cast.
-        max_difference: largest absolute difference of onnxruntime to the fx graph.
+        max_difference: largest absolute difference of the evaluator to the fx graph.
         largest_output: largest magnitude among the outputs of the fx graph.
         emulated_nodes: nodes for whose formats onnxruntime's CPU provider has no kernel; in the
             check, not in the file, they ran in float32 between casts.
+        evaluator: what ran the file for the check: "onnxruntime", or "onnx.reference" where
+            the file has formats that onnxruntime cannot even cast to.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class OnnxReport:
     max_difference: float
     largest_output: float
     emulated_nodes: int
+    evaluator: str
 
 
 def write_onnx(
@@ -69,10 +72,11 @@ def write_onnx(
     model_metadata: Mapping[str, str],
     path: Path,
 ) -> OnnxReport:
-    """Write a forward-only graph as ONNX (opset 23, IR 10), check it and run it.
+    """Write a forward-only graph as ONNX, check it and run it.
 
-    The file appears under ``path`` only after it passed ``onnx.checker`` and agreed with the fx
-    graph in onnxruntime; see ``onnx_check.py`` for how closely the two are compared. Weights
+    Opset 23 and IR 10 unless a format needs more: opset 24 and IR 12 for MX formats, IR 11 for
+    NVFP4. The file appears under ``path`` only after it passed ``onnx.checker`` and agreed with
+    the fx graph when run; see ``onnx_check.py`` for how closely the two are compared. Weights
     above 1.5 GB go to ``<path>.data``. Outputs are called ``output_0`` and so on. Shapes are
     those of the examples. ``module`` is not changed.
 
@@ -94,6 +98,7 @@ def write_onnx(
     arguments = [tensors[node.name] for node in module.graph.find_nodes(op="placeholder")]
     model = translate(module, [tensor.detach().cpu() for tensor in arguments], annotations)
     _name_values(model, module, parameters, inputs)
+    fold_weights(model)
     model.metadata_props.update(model_metadata)
     operations = [node.op_type for node in model.graph]
     with _published(model, path) as draft:
@@ -107,6 +112,7 @@ def write_onnx(
         max_difference=comparison.max_difference,
         largest_output=comparison.largest_output,
         emulated_nodes=comparison.emulated_nodes,
+        evaluator=comparison.evaluator,
     )
 
 
@@ -159,7 +165,6 @@ def _name_values(
 ) -> None:
     """Give inputs, outputs and parameters their public names, and turn parameters constant."""
     graph = model.graph
-    model.ir_version = _IR_VERSION
     model.producer_name, model.producer_version = "precision_compiler", None
     held = dict(zip(_placeholder_names(module), graph.inputs, strict=True))
     public = {held[name]: public for name, (public, _) in parameters.items()}
