@@ -6,8 +6,9 @@ from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as clean_up
-from onnx.reference import ReferenceEvaluator
 from onnx_ir import convenience
+
+from precision_compiler.export.onnx_emulation import evaluated
 
 _KEPT = "DequantizeLinear"
 
@@ -59,7 +60,7 @@ def _evaluated(model: ir.Model, values: Iterable[ir.Value]) -> Mapping[ir.Value,
         return {}
     part = convenience.extract(model.graph, [], wanted)
     content = ir.to_proto(ir.Model(part, ir_version=model.ir_version))
-    return dict(zip(wanted, ReferenceEvaluator(content).run(None, {}), strict=True))
+    return dict(zip(wanted, evaluated(content, {}), strict=True))
 
 
 def _stored(graph: ir.Graph, value: ir.Value, array: Any) -> ir.Value:
