@@ -224,6 +224,11 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "-o", "--output", type=Path, default=Path("model.onnx"), metavar="FILE",
         help="where to write the model (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--dynamic", action="append", default=[], metavar="INPUT:DIM=NAME,...",
+        help="dimensions of an input that stay open, such as 'input_ids:0=batch,1=sequence'; may "
+        "be given once for each input",
+    )  # fmt: skip
     parser.set_defaults(command=_export)
 
 
@@ -323,8 +328,9 @@ def _export(options: argparse.Namespace) -> None:
     workload = load_workload(options.workload)
     plan = load_plan(options.plan)
     require_folder(options.output)
+    dynamic = dict(map(_open_sizes, options.dynamic))
     with _spinner("exporting"):
-        export_onnx(workload.model, workload.first_batch(), plan, options.output)
+        export_onnx(workload.model, workload.first_batch(), plan, options.output, dynamic=dynamic)
     Console().print(f"wrote {options.output}", soft_wrap=True)
 
 
@@ -357,6 +363,17 @@ def _overrides(options: argparse.Namespace) -> dict[str, str]:
             raise PrecisionError(f"--override {text}: write GLOB=FORMAT, such as 'head.*=fp32'")
         found[pattern.strip()] = fmt.strip()
     return found
+
+
+def _open_sizes(text: str) -> tuple[str, dict[int, str]]:
+    """``input_ids:0=batch,1=sequence`` as an input's name and its open dimensions."""
+    name, _, rest = text.rpartition(":")
+    sizes = [part.partition("=") for part in rest.split(",")]
+    if not name or not all(number.strip().isdecimal() and label for number, _, label in sizes):
+        raise PrecisionError(
+            f"--dynamic {text}: write INPUT:DIMENSION=NAME, such as 'input_ids:0=batch,1=sequence'"
+        )
+    return name.strip(), {int(number): label.strip() for number, _, label in sizes}
 
 
 def _positive(text: str) -> int:

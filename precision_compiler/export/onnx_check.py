@@ -71,12 +71,7 @@ def check_file(
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"onnx.checker refuses the model: {_first_line(error)}") from error
-    with torch.no_grad():
-        expected = [
-            leaf.cpu()
-            for leaf in torch.utils._pytree.tree_leaves(module(*arguments))
-            if isinstance(leaf, torch.Tensor)
-        ]
+    expected = _results(module, arguments, inputs)
     try:
         run = run_file(path, inputs)
     except ORT_ERRORS as error:
@@ -84,6 +79,22 @@ def check_file(
             f"onnxruntime cannot run the model: {_first_line(error)}{_origin_named_in(error, path)}"
         ) from error
     return _compare(module.graph, expected, run)
+
+
+def _results(
+    module: fx.GraphModule, arguments: Sequence[torch.Tensor], inputs: Mapping[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    try:
+        with torch.no_grad():
+            made = module(*arguments)
+    except (RuntimeError, IndexError) as error:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
+        raise ExportError(
+            f"the model does not run on {shapes} ({_first_line(error)}): leave dimensions that "
+            "cannot have any size out of dynamic"
+        ) from error
+    leaves = torch.utils._pytree.tree_leaves(made)
+    return [leaf.cpu() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def _first_line(error: Exception) -> str:

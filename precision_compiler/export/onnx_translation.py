@@ -11,7 +11,7 @@ import itertools
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -19,6 +19,9 @@ import onnx_ir.passes.common as clean_up
 import onnxscript.optimizer
 import torch
 from torch import fx
+from torch._dynamo.exc import UserError
+from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from precision_compiler.errors import ExportError
 from precision_compiler.export.onnx_quantise import TRANSLATIONS, versions_of
@@ -38,6 +41,7 @@ def translate(
     module: fx.GraphModule,
     arguments: list[torch.Tensor],
     annotations: Mapping[str, Mapping[str, str]],
+    open_sizes: Mapping[str, Mapping[int, str]],
 ) -> ir.Model:
     """Return the ONNX form of ``module``, every node annotated.
 
@@ -45,13 +49,17 @@ def translate(
         module: functional ATen operations; it is not changed.
         arguments: an example of every placeholder, on the CPU.
         annotations: fx node name -> entries for every ONNX node that comes from it.
+        open_sizes: placeholder -> dimension -> name of its size, for those that are not fixed.
 
     Raises:
         ExportError: an operation has no ONNX form; the message names the node.
     """
     opset, ir_version = versions_of(module.graph)
-    program = _export(module, arguments, opset)
+    names = [node.name for node in module.graph.find_nodes(op="placeholder")]
+    sizes = [open_sizes.get(name, {}) for name in names]
+    program = _export(module, arguments, opset, sizes)
     model = program.model
+    _name_sizes(model, sizes)
     model.ir_version = ir_version
     _annotate(program, annotations)
     _tidy(model)
@@ -154,11 +162,14 @@ def _marked_copy(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _export(
-    module: fx.GraphModule, arguments: list[torch.Tensor], opset: int
+    module: fx.GraphModule,
+    arguments: list[torch.Tensor],
+    opset: int,
+    sizes: Sequence[Mapping[int, str]],
 ) -> torch.onnx.ONNXProgram:
     marked = _marked_copy(module)
     with torch.no_grad(), _quiet(), torch.fx.traceback.preserve_node_meta():
-        program = torch.export.export(_Program(marked).eval(), tuple(arguments))
+        program = _retraced(marked, arguments, sizes)
         try:
             # Not optimised: that would rename and merge parameters and drop annotations.
             exported = torch.onnx.export(
@@ -174,6 +185,22 @@ def _export(
     if exported is None:
         raise ExportError("torch.onnx.export returned no model")
     return exported
+
+
+def _retraced(
+    module: fx.GraphModule, arguments: list[torch.Tensor], sizes: Sequence[Mapping[int, str]]
+) -> torch.export.ExportedProgram:
+    open_sizes = tuple(dict.fromkeys(held, Dim.DYNAMIC) for held in sizes)
+    try:
+        return torch.export.export(
+            _Program(module).eval(), tuple(arguments), dynamic_shapes=(open_sizes,)
+        )
+    except (UserError, ConstraintViolationError) as error:
+        names = ", ".join(name for held in sizes for name in held.values())
+        raise ExportError(
+            f"not all of the sizes {names} can stay open, an operation fixes one: leave it out of "
+            f"dynamic ({str(error).strip().splitlines()[0]})"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -207,6 +234,22 @@ def _blame(error: BaseException, module: fx.GraphModule) -> str:
     if not same:
         return f"operation {target}, made while exporting, cannot be written as ONNX: {reason}"
     return _cannot(same[0], reason + (f" ({len(same)} such nodes)" if len(same) > 1 else ""))
+
+
+def _name_sizes(model: ir.Model, sizes: Sequence[Mapping[int, str]]) -> None:
+    """Call open sizes as the user does wherever they occur, in expressions too."""
+    names: dict[str, str] = {}
+    for value, held in zip(model.graph.inputs, sizes, strict=True):
+        for dimension, name in held.items():
+            assert value.shape is not None
+            names.setdefault(str(value.shape[dimension]), name)
+    made = (value for node in model.graph for value in node.outputs)
+    for value in (*model.graph.inputs, *made):
+        for index, size in enumerate(value.shape or ()):
+            if not isinstance(size, int) and size.value is not None:
+                said = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.value)
+                assert value.shape is not None
+                value.shape[index] = said
 
 
 # --- annotations and tidying --------------------------------------------------------------------

@@ -5,7 +5,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
@@ -31,11 +31,13 @@ class GraphInput:
         placeholder: name of the fx placeholder.
         name: public name of the ONNX input.
         example: a value with the shape and dtype of the input.
+        dynamic: names of the sizes that stay open, by dimension.
     """
 
     placeholder: str
     name: str
     example: torch.Tensor
+    dynamic: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,10 @@ def write_onnx(
 
     Opset 23 and IR 10 unless a format needs more: opset 24 and IR 12 for MX formats, IR 11 for
     NVFP4. The file appears under ``path`` only after it passed ``onnx.checker`` and agreed with
-    the fx graph when run; see ``onnx_check.py`` for how closely the two are compared. Weights
+    the fx graph when run, with other sizes of open dimensions too; see ``onnx_check.py`` for how
+    closely the two are compared. Weights
     above 1.5 GB go to ``<path>.data``. Outputs are called ``output_0`` and so on. Shapes are
-    those of the examples. ``module`` is not changed.
+    those of the examples where they are not open. ``module`` is not changed.
 
     Args:
         module: functional ATen operations; its placeholders are parameters and inputs.
@@ -96,7 +99,9 @@ def write_onnx(
     tensors = {name: tensor for name, (_, tensor) in parameters.items()}
     tensors |= {given.placeholder: given.example for given in inputs}
     arguments = [tensors[node.name] for node in module.graph.find_nodes(op="placeholder")]
-    model = translate(module, [tensor.detach().cpu() for tensor in arguments], annotations)
+    open_sizes = {given.placeholder: given.dynamic for given in inputs}
+    given = [tensor.detach().cpu() for tensor in arguments]
+    model = translate(module, given, annotations, open_sizes)
     _name_values(model, module, parameters, inputs)
     fold_weights(model)
     model.metadata_props.update(model_metadata)
@@ -105,6 +110,10 @@ def write_onnx(
         comparison = check_file(
             draft, module, arguments, {given.name: given.example for given in inputs}
         )
+        if any(given.dynamic for given in inputs):
+            others = {given.placeholder: _resized(given) for given in inputs}
+            arguments = [others.get(name, tensors[name]) for name in _placeholder_names(module)]
+            check_file(draft, module, arguments, {g.name: others[g.placeholder] for g in inputs})
     return OnnxReport(
         path=path,
         nodes=len(operations),
@@ -114,6 +123,17 @@ def write_onnx(
         emulated_nodes=comparison.emulated_nodes,
         evaluator=comparison.evaluator,
     )
+
+
+def _resized(given: GraphInput) -> torch.Tensor:
+    """The example of an input with other sizes in its open dimensions: less one, or 3 for 2."""
+    example = given.example
+    for dimension in given.dynamic:
+        size = example.shape[dimension]
+        last = example.narrow(dimension, size - 1, 1)
+        shorter = example.narrow(dimension, 0, size - 1)
+        example = shorter if size > 2 else torch.cat((example, last), dimension)
+    return example
 
 
 def read_metadata(path: Path) -> Mapping[str, str]:

@@ -85,10 +85,11 @@ def _refuse_inexpressible(node: fx.Node) -> None:
         )
     assert value is not None
     length = value.shape[axis[0]] if fmt.block and axis else 0  # type: ignore[index]
-    if not isinstance(length, int) or (length and length % fmt.block):
+    if isinstance(length, torch.SymInt) or (length and length % fmt.block):
+        said = "an open dimension" if isinstance(length, torch.SymInt) else f"{length} elements"
         raise ExportError(
-            f"{_site_of(node)}: a sum over {length} elements does not divide into the blocks of "
-            f"{fmt.block} of {name}: keep that dimension a multiple of it"
+            f"{_site_of(node)}: a sum over {said} does not divide into the blocks of {fmt.block} "
+            f"of {name}: export with a fixed multiple of it, or override the site's format"
         )
 
 
