@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from precision_compiler.emulation import QUANTISE
 from precision_compiler.export.onnx_emulation import run_file
-from precision_compiler.export.onnx_translation import ORIGIN
+from precision_compiler.export.onnx_tidy import ORIGIN
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from precision_compiler.export.plan_metadata import metadata_of, read_plan
 from precision_compiler.joint import JointGraph
 from precision_compiler.plan import Plan
 
-__all__ = ["export_onnx", "read_plan"]
+__all__ = ["export_onnx", "graph_to_export", "read_plan"]
 
 
 def export_onnx(
@@ -61,10 +61,7 @@ def export_onnx(
             file fails its check.
     """
     held = with_open_sizes(model, batch, dynamic or {})
-    joint = with_sizes_read(capture_inference(model, held))
-    check_forward(plan, joint.sites)
-    rewrite(joint, plan, strict=False)
-    prepare_rounding(joint.module, joint.inputs)
+    joint = graph_to_export(model, held, plan)
     inputs, parameters = _inputs(named_tensors(model, held), joint, dynamic or {})
     return write_onnx(
         joint.module,
@@ -74,6 +71,24 @@ def export_onnx(
         model_metadata=metadata_of(plan),
         path=Path(path),
     )
+
+
+def graph_to_export(model: nn.Module, batch: Any, plan: Plan) -> JointGraph:
+    """The forward graph as it is exported: what the file computes, operation by operation.
+
+    Args:
+        model: the module; captured in evaluation mode and left as it was.
+        batch: an inference batch; sizes that it is marked to keep open stay symbolic.
+        plan: made for this model.
+
+    Raises:
+        CaptureError, PlanMismatch, ExportError: as ``export_onnx``.
+    """
+    joint = with_sizes_read(capture_inference(model, batch))
+    check_forward(plan, joint.sites)
+    rewrite(joint, plan, strict=False)
+    prepare_rounding(joint.module, joint.inputs)
+    return joint
 
 
 def _inputs(

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
-import onnx_ir.passes.common as clean_up
-import onnxscript.optimizer
 import torch
 from torch import fx
 from torch._dynamo.exc import UserError
@@ -25,14 +23,10 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from precision_compiler.errors import ExportError
 from precision_compiler.export.onnx_quantise import TRANSLATIONS, versions_of
-
-ORIGIN = "precision_compiler.origin"
-"""Metadata key of every ONNX node: the fx node it comes from, or ``exporter``."""
+from precision_compiler.export.onnx_tidy import FX_NODE, annotate, name_sizes, tidy
 
 CONSTANT_PREFIX = "body."
 """What the exporter puts before the names of tensors that the graph module itself holds."""
-
-_FX_NODE = "precision_compiler.fx_node"
 
 aten = torch.ops.aten
 
@@ -59,10 +53,10 @@ def translate(
     sizes = [open_sizes.get(name, {}) for name in names]
     program = _export(module, arguments, opset, sizes)
     model = program.model
-    _name_sizes(model, sizes)
+    name_sizes(model, sizes)
     model.ir_version = ir_version
-    _annotate(program, annotations)
-    _tidy(model)
+    annotate(program, annotations)
+    tidy(model)
     return model
 
 
@@ -155,7 +149,7 @@ def _marked_copy(module: fx.GraphModule) -> fx.GraphModule:
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in module.graph.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-        copies[node].meta = {"custom": {_FX_NODE: node.name}}
+        copies[node].meta = {"custom": {FX_NODE: node.name}}
     copy = fx.GraphModule(module, graph)
     copy.graph.eliminate_dead_code()
     return copy
@@ -234,68 +228,3 @@ def _blame(error: BaseException, module: fx.GraphModule) -> str:
     if not same:
         return f"operation {target}, made while exporting, cannot be written as ONNX: {reason}"
     return _cannot(same[0], reason + (f" ({len(same)} such nodes)" if len(same) > 1 else ""))
-
-
-def _name_sizes(model: ir.Model, sizes: Sequence[Mapping[int, str]]) -> None:
-    """Call open sizes as the user does wherever they occur, in expressions too."""
-    names: dict[str, str] = {}
-    for value, held in zip(model.graph.inputs, sizes, strict=True):
-        for dimension, name in held.items():
-            assert value.shape is not None
-            names.setdefault(str(value.shape[dimension]), name)
-    made = (value for node in model.graph for value in node.outputs)
-    for value in (*model.graph.inputs, *made):
-        for index, size in enumerate(value.shape or ()):
-            if not isinstance(size, int) and size.value is not None:
-                said = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.value)
-                assert value.shape is not None
-                value.shape[index] = said
-
-
-# --- annotations and tidying --------------------------------------------------------------------
-
-
-def _annotate(
-    program: torch.onnx.ONNXProgram, annotations: Mapping[str, Mapping[str, str]]
-) -> None:
-    """Replace the exporter's metadata, which quotes source code and paths, by our own.
-
-    The exporter calls a value by the name of its own fx node. That finds the origin of a node
-    which it inlined from a function, where it keeps no link to the fx node.
-    """
-    made = program.exported_program.graph.nodes if program.exported_program else ()
-    origins = {node.name: node.meta.get("custom", {}).get(_FX_NODE) for node in made}
-    program.model.graph.metadata_props.clear()
-    for node in program.model.graph:
-        source = node.meta.get("node")
-        names = [source.name] if source is not None else [out.name for out in node.outputs]
-        origin = next((origins[name] for name in names if name in origins), None)
-        node.metadata_props.clear()
-        if origin is not None:
-            node.metadata_props.update({**annotations.get(origin, {}), ORIGIN: origin})
-
-
-def _tidy(model: ir.Model) -> None:
-    """Inline functions, compute constants and lift them; nodes this made are annotated too."""
-    clean_up.InlinePass()(model)
-    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
-    clean_up.RemoveUnusedNodesPass()(model)
-    clean_up.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    clean_up.DeduplicateInitializersPass()(model)
-    clean_up.OutputFixPass()(model)
-    clean_up.RemoveUnusedOpsetsPass()(model)
-    for node in model.graph:
-        if ORIGIN not in node.metadata_props:
-            node.metadata_props.update({**_nearest_entries(node), ORIGIN: "exporter"})
-
-
-def _nearest_entries(start: ir.Node) -> Mapping[str, str]:
-    """The entries of the nearest node with an origin in fx, consumers before producers."""
-    queue, seen = [start], {start}
-    for node in queue:
-        if node.metadata_props.get(ORIGIN, "exporter") != "exporter":
-            return node.metadata_props
-        around = [*node.successors(), *node.predecessors()]
-        queue += [other for other in around if other not in seen]
-        seen.update(around)
-    return {}

@@ -73,6 +73,7 @@ def write_onnx(
     annotations: Mapping[str, Mapping[str, str]],
     model_metadata: Mapping[str, str],
     path: Path,
+    external_bytes: int = _EXTERNAL_BYTES,
 ) -> OnnxReport:
     """Write a forward-only graph as ONNX, check it and run it.
 
@@ -80,7 +81,7 @@ def write_onnx(
     NVFP4. The file appears under ``path`` only after it passed ``onnx.checker`` and agreed with
     the fx graph when run, with other sizes of open dimensions too; see ``onnx_check.py`` for how
     closely the two are compared. Weights
-    above 1.5 GB go to ``<path>.data``. Outputs are called ``output_0`` and so on. Shapes are
+    above 1.5 GB in all go to ``<path>.data``. Outputs are called ``output_0`` and so on. Shapes are
     those of the examples where they are not open. ``module`` is not changed.
 
     Args:
@@ -91,6 +92,7 @@ def write_onnx(
             the exporter made up gets the entries of the nearest node that has some.
         model_metadata: entries of the model itself.
         path: where to write; its folder exists.
+        external_bytes: weights of more go to a file of their own.
 
     Raises:
         ExportError: an operation has no ONNX form, or the file failed a check.
@@ -106,7 +108,7 @@ def write_onnx(
     fold_weights(model)
     model.metadata_props.update(model_metadata)
     operations = [node.op_type for node in model.graph]
-    with _published(model, path) as draft:
+    with _published(model, path, external_bytes) as draft:
         comparison = check_file(
             draft, module, arguments, {given.name: given.example for given in inputs}
         )
@@ -133,7 +135,7 @@ def _resized(given: GraphInput) -> torch.Tensor:
         last = example.narrow(dimension, size - 1, 1)
         shorter = example.narrow(dimension, 0, size - 1)
         example = shorter if size > 2 else torch.cat((example, last), dimension)
-    return example
+    return example.contiguous()
 
 
 def read_metadata(path: Path) -> Mapping[str, str]:
@@ -230,10 +232,10 @@ def _fresh_names(taken: set[str]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _published(model: ir.Model, path: Path) -> Iterator[Path]:
+def _published(model: ir.Model, path: Path, external_bytes: int) -> Iterator[Path]:
     """Write a draft beside ``path`` and move it there if the body ends without an error."""
     weights = [value.const_value for value in model.graph.initializers.values()]
-    large = sum(tensor.nbytes for tensor in weights if tensor is not None) > _EXTERNAL_BYTES
+    large = sum(tensor.nbytes for tensor in weights if tensor is not None) > external_bytes
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         draft, data = Path(folder, path.name), f"{path.name}.data"
         ir.save(model, draft, external_data=data if large else None)

@@ -175,6 +175,15 @@ def test_export_writes_a_model(
     assert str(path) in capsys.readouterr().out
 
 
+def test_export_keeps_dimensions_open(session: Path, tmp_path: Path) -> None:
+    path = tmp_path / "open.onnx"
+    spec, plan = f"{session}/train.py:workload", f"{session}/plan.json"
+    assert main(["export", spec, plan, "-o", str(path), "--dynamic", "x:0=rows"]) == 0
+    graph = onnx.load(path).graph
+    shapes = [value.type.tensor_type.shape.dim for value in (*graph.input, *graph.output)]
+    assert [shape[0].dim_param for shape in shapes] == ["rows"] * 2
+
+
 @pytest.mark.parametrize(
     "arguments",
     ["show {}", "show {} --by op", "show {} --json", "explain {} fc.wgrad"],
@@ -237,6 +246,9 @@ def test_targets_show_explains_one(capsys: pytest.CaptureFixture[str]) -> None:
         ("diff {0}/plan.json {0}/missing.json", "missing.json"),
         ("diff {0}/corrupt.json {0}/plan.json", "corrupt.json"),
         ("export {0}/other.py:workload {0}/plan.json -o {0}/other.onnx", "fc.fprop"),
+        ("export {0}/train.py:workload {0}/plan.json --dynamic x", "INPUT:DIMENSION=NAME"),
+        ("export {0}/train.py:workload {0}/plan.json --dynamic x:a=b", "INPUT:DIMENSION=NAME"),
+        ("export {0}/train.py:workload {0}/plan.json --dynamic y:0=b", "no input 'y'"),
     ],
 )
 def test_mistake_is_one_line_and_exit_code_2(

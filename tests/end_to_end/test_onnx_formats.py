@@ -14,39 +14,23 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import precision_compiler
-from precision_compiler.capture import capture_inference
-from precision_compiler.compiler import rewrite
 from precision_compiler.emulation import QUANTISE
 from precision_compiler.errors import ExportError
+from precision_compiler.export import graph_to_export
 from precision_compiler.export.onnx_emulation import evaluated, run_file
 from precision_compiler.export.onnx_writer import GraphInput, OnnxReport, write_onnx
-from precision_compiler.export.operand_rounding import prepare_rounding
 from precision_compiler.formats import CHOICES, format_of_dtype, quantised, ulp
 from precision_compiler.graph import is_cast, is_movement
-from precision_compiler.plan import Plan
-from precision_compiler.problem import fixes_result
 from precision_compiler.scaling import SCALED_FORMATS
-from tests.models import made, planned
+from tests.models import everywhere, made
 from tests.node_by_node import Compared, compared
 
 BLOCKS = ("mxfp8", "mxfp8e5m2", "mxfp4", "nvfp4")
-PRODUCTS = ("mm", "addmm", "bmm")
 ELEMENTS: Mapping[str, int] = {
     "e4m3": TensorProto.FLOAT8E4M3FN,
     "e5m2": TensorProto.FLOAT8E5M2,
     "e2m1": TensorProto.FLOAT4E2M1,
 }
-
-
-def everywhere(name: str, fmt: str) -> Plan:
-    """A model's plan with a format wherever it can be."""
-    plan = planned(name)
-    fits = {
-        site: fixes_result(fmt)
-        or (choice.kind == "contraction" and (not CHOICES[fmt].block or choice.op in PRODUCTS))
-        for site, choice in plan.sites.items()
-    }
-    return plan.with_formats({site: fmt if fit else "fp32" for site, fit in fits.items()})
 
 
 def export(name: str, fmt: str, path: Path) -> tuple[OnnxReport, onnx.ModelProto]:
@@ -213,9 +197,7 @@ def differences(name: str, fmt: str, path: Path) -> list[Compared]:
     case, plan = made(name), everywhere(name, fmt)
     if not path.exists():
         precision_compiler.export_onnx(case.model, case.batch, plan, path)
-    joint = capture_inference(case.model, case.batch)
-    rewrite(joint, plan, strict=False)
-    prepare_rounding(joint.module, joint.inputs)
+    joint = graph_to_export(case.model, case.batch, plan)
     batch = {"x": case.batch} if isinstance(case.batch, Tensor) else case.batch
     if not isinstance(batch, Mapping):
         names = [str(value.name) for value in ir.load(path).graph.inputs]
