@@ -40,7 +40,9 @@ with tempfile.TemporaryDirectory() as folder:
     report = precision_compiler.export_onnx(model, batch, plan, path)
     nodes = onnx.load(path).graph.node
 print(f"{report.nodes} nodes, {report.casts} of them casts")
-print(f"{report.evaluator} differs from PyTorch by {report.max_difference:.2g}, same formats in both")
+print(
+    f"{report.evaluator} differs from PyTorch by {report.max_difference:.2g}, same formats in both"
+)
 
 # Every node says which site of the plan it carries out, in which formats and why.
 for node in nodes:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as clean_up
 from onnx_ir import convenience
 
-from precision_compiler.export.onnx_emulation import evaluated
+from precision_compiler.export.onnx_reference import evaluated
 
 _KEPT = "DequantizeLinear"
 

@@ -5,7 +5,7 @@ memory. The file itself is never changed. A file with formats that it does not h
 by the specification's reference evaluator, which is slow.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime  # type: ignore[import-untyped]
 import torch
-from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # type: ignore[import-untyped]
+
+from precision_compiler.export.onnx_reference import evaluated
 
 ORT_ERRORS = (
     ort_state.EPFail,
@@ -39,6 +40,7 @@ _LOW = frozenset(
         ir.DataType.FLOAT8E5M2,
     }
 )
+_HALVES = frozenset({ir.DataType.BFLOAT16, ir.DataType.FLOAT16})
 _UNKNOWN = frozenset({ir.DataType.FLOAT8E8M0, ir.DataType.FLOAT4E2M1})
 """Formats that onnxruntime's CPU provider can neither compute in nor cast to."""
 _NUMPY_LACKS = _LOW - {ir.DataType.FLOAT16}
@@ -65,27 +67,31 @@ def run_file(path: Path, inputs: Mapping[str, torch.Tensor]) -> Run:
     """Run a model on inputs by name."""
     model = ir.load(path)
     values = [*model.graph.initializers.values(), *(v for n in model.graph for v in n.outputs)]
+    held = {value.name for value in model.graph.inputs}
+    given = {name: x for name, x in inputs.items() if name in held}
     if _UNKNOWN.intersection(value.dtype for value in values):
-        held = {value.name for value in model.graph.inputs}
-        feed = {name: _exact_numpy(x) for name, x in inputs.items() if name in held}
-        arrays = evaluated(str(path), feed)
-        return Run([_tensor_of(array) for array in arrays], 0, "onnx.reference")
-    emulated = _emulate(model)
-    outer = _widen_boundary(model)
-    if emulated or outer:
-        content = ir.to_proto(model).SerializeToString()
-        session = _session(content, path.parent)
+        return _run_by_reference(model, path.parent, given)
+    emulated = _emulate(model, lambda node: not _has_kernel(node, model.opset_imports))
+    if _widen_boundary(model) or emulated:
+        session = _session(ir.to_proto(model).SerializeToString(), path.parent)
     else:
         session = _session(str(path))
-    held = {given.name for given in session.get_inputs()}
-    feed = {name: _numpy_ready(x) for name, x in inputs.items() if name in held}
-    return Run([_tensor_of(array) for array in session.run(None, feed)], emulated, "onnxruntime")
+    arrays = session.run(None, {name: _numpy_ready(x) for name, x in given.items()})
+    return Run([_tensor_of(array) for array in arrays], emulated, "onnxruntime")
 
 
-def evaluated(model: str | onnx.ModelProto, feed: Mapping[str, Any]) -> list[Any]:
-    """Arrays that the specification's reference evaluator makes of a model, or of its file."""
-    with np.errstate(all="ignore"):  # infinities come and go as in any other runtime
-        return list(ReferenceEvaluator(model).run(None, dict(feed)))
+def _run_by_reference(model: ir.Model, folder: Path, inputs: Mapping[str, torch.Tensor]) -> Run:
+    """Numpy adds up products of halves in halves: they run in float32 as in onnxruntime."""
+    emulated = _emulate(model, _computes_in_halves)
+    content = ir.to_proto(model)
+    onnx.load_external_data_for_model(content, str(folder))
+    arrays = evaluated(content, {name: _exact_numpy(x) for name, x in inputs.items()})
+    return Run([_tensor_of(array) for array in arrays], emulated, "onnx.reference")
+
+
+def _computes_in_halves(node: ir.Node) -> bool:
+    values = (*node.inputs, *node.outputs)
+    return node.op_type != "Cast" and any(v is not None and v.dtype in _HALVES for v in values)
 
 
 def _exact_numpy(x: torch.Tensor) -> Any:
@@ -103,10 +109,9 @@ def _numpy_ready(x: torch.Tensor) -> object:
     return (x.float() if dtype in _NUMPY_LACKS else x).detach().cpu().numpy()
 
 
-def _emulate(model: ir.Model) -> int:
+def _emulate(model: ir.Model, lacks: Callable[[ir.Node], bool]) -> int:
     """Put float32 casts around each node without a kernel; return how many there were."""
-    opsets = model.opset_imports
-    lacking = [node for node in model.graph if not _has_kernel(node, opsets)]
+    lacking = [node for node in model.graph if lacks(node)]
     for node in lacking:
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype in _LOW:

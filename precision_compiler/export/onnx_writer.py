@@ -50,8 +50,8 @@ class OnnxReport:
         casts: those of them that are a Cast.
         max_difference: largest absolute difference of the evaluator to the fx graph.
         largest_output: largest magnitude among the outputs of the fx graph.
-        emulated_nodes: nodes for whose formats onnxruntime's CPU provider has no kernel; in the
-            check, not in the file, they ran in float32 between casts.
+        emulated_nodes: nodes for whose formats the evaluator has no kernel that sums in float32;
+            in the check, not in the file, they ran in float32 between casts.
         evaluator: what ran the file for the check: "onnxruntime", or "onnx.reference" where
             the file has formats that onnxruntime cannot even cast to.
     """

@@ -17,7 +17,8 @@ import precision_compiler
 from precision_compiler.emulation import QUANTISE
 from precision_compiler.errors import ExportError
 from precision_compiler.export import graph_to_export
-from precision_compiler.export.onnx_emulation import evaluated, run_file
+from precision_compiler.export.onnx_emulation import run_file
+from precision_compiler.export.onnx_reference import evaluated
 from precision_compiler.export.onnx_writer import GraphInput, OnnxReport, write_onnx
 from precision_compiler.formats import CHOICES, format_of_dtype, quantised, ulp
 from precision_compiler.graph import is_cast, is_movement
