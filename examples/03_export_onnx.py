@@ -34,13 +34,15 @@ model = Tagger()
 batch = (torch.randint(100, (8, 64)),)
 plan = precision_compiler.make_plan(model, batch, loss=loss)
 
-# The file is checked, and run once in onnxruntime, before it appears under its name.
+# The file is checked, and run once, before it appears under its name.
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder, "model.onnx")
     report = precision_compiler.export_onnx(model, batch, plan, path)
     nodes = onnx.load(path).graph.node
 print(f"{report.nodes} nodes, {report.casts} of them casts")
-print(f"onnxruntime differs from PyTorch by {report.max_difference:.2g}, same formats in both")
+print(
+    f"{report.evaluator} differs from PyTorch by {report.max_difference:.2g}, same formats in both"
+)
 
 # Every node says which site of the plan it carries out, in which formats and why.
 for node in nodes:

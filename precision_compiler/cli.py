@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from precision_compiler import Plan, Target, export_onnx, make_frontier, make_plan
+from precision_compiler import Target, export_onnx, make_frontier, make_plan
 from precision_compiler.cli_annotate import add_annotate
 from precision_compiler.cli_common import (
     WORKLOAD,
@@ -18,7 +18,14 @@ from precision_compiler.cli_common import (
     spinner,
 )
 from precision_compiler.cli_gpu import add_lower, add_selftest
-from precision_compiler.cli_plans import add_diff, add_edit, add_report, add_show
+from precision_compiler.cli_plans import (
+    PLAN,
+    add_diff,
+    add_edit,
+    add_report,
+    add_show,
+    load_plan,
+)
 from precision_compiler.demo import Demo, run_demo
 from precision_compiler.errors import PrecisionError
 from precision_compiler.report.explanation import show_explanation
@@ -200,7 +207,7 @@ def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "site, and prints what that costs in time and error and what else would change.",
         epilog="example: precision-compiler explain plan.json blocks.0.fc.wgrad",
     )
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan.json")
+    parser.add_argument("plan", type=Path, metavar="PLAN", help=PLAN)
     parser.add_argument("site", metavar="SITE", help="a site's name, as `show --sites` lists them")
     parser.set_defaults(command=_explain)
 
@@ -218,6 +225,11 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("model.onnx"), metavar="FILE",
         help="where to write the model (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dynamic", action="append", default=[], metavar="INPUT:DIM=NAME,...",
+        help="dimensions of an input that stay open, such as 'input_ids:0=batch,1=sequence'; may "
+        "be given once for each input",
     )  # fmt: skip
     parser.set_defaults(command=_export)
 
@@ -255,7 +267,7 @@ def _plan(options: argparse.Namespace) -> None:
             held_out=held_out,
             learning_rate=options.learning_rate,
             activation_memory=options.activation_memory,
-            sibling=None if options.sibling is None else Plan.load(options.sibling),
+            sibling=None if options.sibling is None else load_plan(options.sibling),
             overrides=overrides_of(options),
             progress=report,
         )
@@ -292,7 +304,7 @@ def _pareto(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    plan = Plan.load(options.plan)
+    plan = load_plan(options.plan)
     with spinner("solving again"):
         found = plan.explain(options.site)
     show_explanation(found, Console())
@@ -300,10 +312,11 @@ def _explain(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     workload = load_workload(options.workload)
-    plan = Plan.load(options.plan)
+    plan = load_plan(options.plan)
     require_folder(options.output)
+    dynamic = dict(map(_open_sizes, options.dynamic))
     with spinner("exporting"):
-        export_onnx(workload.model, workload.first_batch(), plan, options.output)
+        export_onnx(workload.model, workload.first_batch(), plan, options.output, dynamic=dynamic)
     Console().print(f"wrote {options.output}", soft_wrap=True)
 
 
@@ -316,6 +329,17 @@ def _targets(options: argparse.Namespace) -> None:
     with spinner("measuring this machine"):
         targets = [Target.load(name) for name in Target.names()]
     show_targets(targets, Console())
+
+
+def _open_sizes(text: str) -> tuple[str, dict[int, str]]:
+    """``input_ids:0=batch,1=sequence`` as an input's name and its open dimensions."""
+    name, _, rest = text.rpartition(":")
+    sizes = [part.partition("=") for part in rest.split(",")]
+    if not name or not all(number.strip().isdecimal() and label for number, _, label in sizes):
+        raise PrecisionError(
+            f"--dynamic {text}: write INPUT:DIMENSION=NAME, such as 'input_ids:0=batch,1=sequence'"
+        )
+    return name.strip(), {int(number): label.strip() for number, _, label in sizes}
 
 
 def _positive(text: str) -> int:

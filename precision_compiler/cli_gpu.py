@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from precision_compiler.cli_common import WORKLOAD, require_folder, spinner
+from precision_compiler.cli_plans import PLAN, load_plan
 from precision_compiler.compiler import lower
 from precision_compiler.files import write_atomically
 from precision_compiler.kernels.selftest import selftest
 from precision_compiler.lowering.products import Lowered
-from precision_compiler.plan import Plan
 from precision_compiler.workload import load_workload
 
 
@@ -27,7 +27,7 @@ def add_lower(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         epilog="example: precision-compiler lower train.py:workload plan.json -o graph.txt",
     )
     parser.add_argument("workload", metavar="WORKLOAD", help=WORKLOAD)
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="its plan.json")
+    parser.add_argument("plan", type=Path, metavar="PLAN", help=PLAN)
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="also write the whole graph as text"
     )
@@ -53,7 +53,7 @@ def add_selftest(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def _lower(options: argparse.Namespace) -> None:
     workload = load_workload(options.workload)
-    plan = Plan.load(options.plan)
+    plan = load_plan(options.plan)
     if options.output is not None:
         require_folder(options.output)
     with spinner("lowering"):

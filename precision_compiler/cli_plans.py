@@ -10,6 +10,7 @@ from rich.console import Console
 from precision_compiler.cli_common import add_overrides, overrides_of, require_folder, spinner
 from precision_compiler.compiler import measure_error
 from precision_compiler.errors import PrecisionError
+from precision_compiler.export import read_plan
 from precision_compiler.plan import Plan
 from precision_compiler.report.diff import compare, show_difference
 from precision_compiler.report.html import write_report
@@ -17,6 +18,8 @@ from precision_compiler.report.places import GROUPINGS
 from precision_compiler.report.show import flags_table, show_plan, sites_table, totals_view
 from precision_compiler.report.summary import groups_table, summary
 from precision_compiler.workload import load_workload
+
+PLAN = "a plan.json, or a model.onnx that was exported with its plan"
 
 
 def add_show(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -27,7 +30,7 @@ def add_show(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         description="Prints a plan: predicted time and error, formats by layer and role.",
         epilog="example: precision-compiler show plan.json --by op",
     )
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan.json")
+    parser.add_argument("plan", type=Path, metavar="PLAN", help=PLAN)
     parser.add_argument(
         "--by", choices=GROUPINGS, help="formats, time and error by layer, operation or role"
     )
@@ -50,7 +53,7 @@ def add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "report.html#site=NAME opens a site.",
         epilog="example: precision-compiler report plan.json -o report.html",
     )
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan.json")
+    parser.add_argument("plan", type=Path, metavar="PLAN", help=PLAN)
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE",
         help="where to write the page (default: %(default)s)",
@@ -68,8 +71,8 @@ def add_diff(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "and totals), 1 if they differ, 2 after an error.",
         epilog="example: precision-compiler diff before.json after.json",
     )
-    parser.add_argument("before", type=Path, metavar="BEFORE", help="a plan.json")
-    parser.add_argument("after", type=Path, metavar="AFTER", help="another plan.json")
+    parser.add_argument("before", type=Path, metavar="BEFORE", help=PLAN)
+    parser.add_argument("after", type=Path, metavar="AFTER", help="another one")
     parser.add_argument("--json", action="store_true", help="the same as JSON, for programs")
     parser.set_defaults(command=_diff)
 
@@ -84,7 +87,7 @@ def add_edit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "--verify its gradient error is measured on a batch.",
         epilog="example: precision-compiler edit plan.json --override 'head.*=fp32' -o edited.json",
     )
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan.json")
+    parser.add_argument("plan", type=Path, metavar="PLAN", help=PLAN)
     add_overrides(parser)
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("edited.json"), metavar="FILE",
@@ -97,8 +100,17 @@ def add_edit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.set_defaults(command=_edit)
 
 
+def load_plan(path: Path) -> Plan:
+    """Reads a plan from its own file, or from the metadata of an exported ONNX model.
+
+    Raises:
+        PlanError, ExportError: the file cannot be read, or holds no valid plan.
+    """
+    return read_plan(path) if path.suffix == ".onnx" else Plan.load(path)
+
+
 def _show(options: argparse.Namespace) -> None:
-    plan, console = Plan.load(options.plan), Console()
+    plan, console = load_plan(options.plan), Console()
     if options.json:
         _print_json(summary(plan))
     elif options.by is None:
@@ -113,14 +125,14 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    plan = Plan.load(options.plan)
+    plan = load_plan(options.plan)
     require_folder(options.output)
     write_report(plan, options.output, title=options.plan.name)
     Console().print(f"wrote {options.output}", soft_wrap=True)
 
 
 def _edit(options: argparse.Namespace) -> None:
-    before, overrides = Plan.load(options.plan), overrides_of(options)
+    before, overrides = load_plan(options.plan), overrides_of(options)
     if not overrides:
         raise PrecisionError("edit: say what to insist on, such as --override 'head.*=fp32'")
     require_folder(options.output)
@@ -141,7 +153,7 @@ def _edit(options: argparse.Namespace) -> None:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    difference = compare(Plan.load(options.before), Plan.load(options.after))
+    difference = compare(load_plan(options.before), load_plan(options.after))
     if options.json:
         _print_json(difference.to_dict())
     else:

@@ -16,19 +16,20 @@ aten = torch.ops.aten
 
 
 @torch.library.custom_op("precision_compiler::quantise", mutates_args=())
-def quantise(x: torch.Tensor, name: str, axis: int = -1) -> torch.Tensor:
+def quantise(x: torch.Tensor, name: str, axis: int = -1, amax: float | None = None) -> torch.Tensor:
     """Round a tensor to a format and return it in its own dtype.
 
     A scaled format is scaled by the power of two that brings the tensor's amax just below the
-    format's largest number; the scale is taken out again, both exactly. Blocks of a block format
+    format's largest number; the scale is taken out again, both exactly. With ``amax`` given, the
+    scale is the one for that and what it leaves out of range saturates. Blocks of a block format
     lie along ``axis``, the one that a product sums over.
     """
-    made = quantised(x, choice_named(name), axis=axis)
+    made = quantised(x, choice_named(name), amax, axis)
     return made.clone() if made is x else made  # an operation of its own returns a new tensor
 
 
 @quantise.register_fake
-def _(x: torch.Tensor, name: str, axis: int = -1) -> torch.Tensor:
+def _(x: torch.Tensor, name: str, axis: int = -1, amax: float | None = None) -> torch.Tensor:
     return torch.empty_like(x)
 
 

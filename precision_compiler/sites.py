@@ -127,6 +127,8 @@ def name_nodes(graph: fx.Graph, provenance: Provenance) -> None:
     for node in graph.nodes:
         if node.op != "call_function" or is_movement(node):
             continue
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            continue  # with open sizes, nodes are called as with fixed ones
         if node.target is operator.getitem:
             set_facts(node, NodeFacts(f"{_name_of(node.args[0])}.{node.args[1]}"))
         elif node in roles:  # matmul_1 is another product than the second gradient of matmul

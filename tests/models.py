@@ -13,7 +13,9 @@ from precision_compiler.budget import Budget
 from precision_compiler.calling import Loss
 from precision_compiler.capture import Captured, capture
 from precision_compiler.compiler import plan_for
+from precision_compiler.formats import CHOICES
 from precision_compiler.plan import Plan
+from precision_compiler.problem import fixes_result
 from tests.helpers import machine
 
 
@@ -274,3 +276,17 @@ def captured(name: str) -> Captured:
 def planned(name: str) -> Plan:
     """A plan of a model for a target with round numbers, on the budget of autocast."""
     return plan_for(captured(name), machine(), Budget.parse("autocast"))
+
+
+def everywhere(name: str, fmt: str) -> Plan:
+    """A model's plan with a format wherever it can be."""
+    plan = planned(name)
+    fits = {
+        site: fixes_result(fmt)
+        or (
+            choice.kind == "contraction"
+            and (not CHOICES[fmt].block or choice.op in ("mm", "addmm", "bmm"))
+        )
+        for site, choice in plan.sites.items()
+    }
+    return plan.with_formats({site: fmt if fit else "fp32" for site, fit in fits.items()})

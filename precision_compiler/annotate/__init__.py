@@ -18,8 +18,8 @@ from precision_compiler.annotate.rewrite import rewrite_file
 from precision_compiler.budget import Budget
 from precision_compiler.compiler import as_target
 from precision_compiler.errors import BudgetError, ExportError, OnnxImportError
-from precision_compiler.export.annotations import plan_entries
 from precision_compiler.export.onnx_writer import published
+from precision_compiler.export.plan_metadata import plan_entries
 from precision_compiler.pipeline import Progress, silent
 from precision_compiler.plan import Plan
 from precision_compiler.target import Target

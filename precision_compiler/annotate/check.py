@@ -23,7 +23,7 @@ def original_outputs(path: Path, batch: Batch) -> list[torch.Tensor]:
         OnnxImportError: it cannot run it.
     """
     try:
-        return run_file(path, batch)[0]
+        return run_file(path, batch).outputs
     except ORT_ERRORS as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OnnxImportError(f"onnxruntime cannot run {path} on this batch: {first}") from error
@@ -76,9 +76,9 @@ def measured_error(
         raise ExportError(f"onnx.checker refuses the result: {error}") from error
     except ORT_ERRORS as error:
         raise ExportError(f"onnxruntime cannot run the result: {error}") from error
-    ours = [value for outputs, _ in ran for value in _floats(outputs)]
+    ours = [value for run in ran for value in _floats(run.outputs)]
     theirs = [value for outputs in originals for value in _floats(outputs)]
-    return relative_error(ours, theirs), max(emulated for _, emulated in ran)
+    return relative_error(ours, theirs), max(run.emulated_nodes for run in ran)
 
 
 def _floats(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

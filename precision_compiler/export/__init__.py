@@ -1,40 +1,55 @@
 """Plans leave as annotated ONNX models."""
 
-import base64
-import inspect
 import os
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from precision_compiler.capture import capture_inference
 from precision_compiler.compiler import check_forward, rewrite
-from precision_compiler.errors import ExportError
-from precision_compiler.export.annotations import PLAN_KEY, node_entries, plan_entries
-from precision_compiler.export.emulated_formats import spell_out_rounding
-from precision_compiler.export.onnx_writer import GraphInput, OnnxReport, read_metadata, write_onnx
-from precision_compiler.facts import facts_of
-from precision_compiler.graph import root_of
+from precision_compiler.export.annotations import annotations_of
+from precision_compiler.export.dynamic_sizes import (
+    Dynamic,
+    named_tensors,
+    refuse_fixed,
+    with_open_sizes,
+    with_sizes_read,
+)
+from precision_compiler.export.onnx_writer import GraphInput, OnnxReport, write_onnx
+from precision_compiler.export.operand_rounding import prepare_rounding
+from precision_compiler.export.plan_metadata import plan_entries, read_plan
 from precision_compiler.joint import JointGraph
-from precision_compiler.plan import NodeChoice, Plan
-from precision_compiler.record import node_choices
+from precision_compiler.plan import Plan
+
+__all__ = ["export_onnx", "graph_to_export", "read_plan"]
 
 
 def export_onnx(
-    model: nn.Module, batch: Any, plan: Plan, path: str | os.PathLike[str]
+    model: nn.Module,
+    batch: Any,
+    plan: Plan,
+    path: str | os.PathLike[str],
+    *,
+    dynamic: Dynamic | None = None,
 ) -> OnnxReport:
-    """Write a model's forward graph with a plan's casts as ONNX (opset 23), checked and run.
+    """Write a model's forward graph with a plan's formats as ONNX, checked and run.
+
+    bf16 and fp16 are casts; fp8, MX formats and NVFP4 are pairs of QuantizeLinear and
+    DequantizeLinear, with weights stored narrow. The scale of an fp8 operand is fixed, from its
+    largest magnitude on ``batch``; scales of blocks are computed in the file. tf32 is written as
+    float32.
 
     Args:
         model: the module; exported in evaluation mode and left as it was.
-        batch: an inference batch (tensor, tuple of arguments or dict of keywords); its shapes
-            become the model's.
+        batch: an inference batch (tensor, tuple of arguments or dict of keywords), like those
+            that the file will see.
         plan: made for this model with ``make_plan`` or ``compile``.
         path: the file; written whole or not at all.
+        dynamic: dimensions of inputs that stay open, with names for their sizes, such as
+            ``{"input_ids": {0: "batch", 1: "sequence"}}``; all others are the batch's.
 
     The whole plan stands in the model's metadata, and every node carries its formats and the
     reason. ``read_plan`` gets the plan back.
@@ -42,85 +57,52 @@ def export_onnx(
     Raises:
         CaptureError: the model fails on the batch.
         PlanMismatch: the plan belongs to another model.
-        ExportError: an operation has no ONNX form, or the file fails its check.
+        ExportError: an operation or format has no ONNX form, a dimension cannot stay open, or the
+            file fails its check.
     """
-    joint = capture_inference(model, batch)
-    check_forward(plan, joint.sites)
-    rewrite(joint, plan, strict=False)
-    spell_out_rounding(joint.module)
-    inputs, parameters = _inputs(model, batch, joint)
+    held = with_open_sizes(model, batch, dynamic or {})
+    joint = graph_to_export(model, held, plan)
+    inputs, parameters = _inputs(named_tensors(model, held), joint, dynamic or {})
     return write_onnx(
         joint.module,
         parameters=parameters,
         inputs=inputs,
-        annotations=_annotations(joint.module.graph, plan),
+        annotations=annotations_of(joint.module.graph, plan),
         model_metadata=plan_entries(plan),
         path=Path(path),
     )
 
 
-def read_plan(path: str | os.PathLike[str]) -> Plan:
-    """Read the plan back from an exported file.
+def graph_to_export(model: nn.Module, batch: Any, plan: Plan) -> JointGraph:
+    """The forward graph as it is exported: what the file computes, operation by operation.
+
+    Args:
+        model: the module; captured in evaluation mode and left as it was.
+        batch: an inference batch; sizes that it is marked to keep open stay symbolic.
+        plan: made for this model.
 
     Raises:
-        ExportError: the file cannot be read or carries no plan.
-        PlanError: the plan in it is damaged.
+        CaptureError, PlanMismatch, ExportError: as ``export_onnx``.
     """
-    found = read_metadata(Path(path))
-    if PLAN_KEY not in found:
-        raise ExportError(f"{path} carries no plan: export it with export_onnx")
-    try:
-        text = zlib.decompress(base64.b64decode(found[PLAN_KEY]))
-    except (ValueError, zlib.error) as error:
-        raise ExportError(f"the plan in {path} is damaged: {error}") from error
-    return Plan.from_json(text, f"the plan in {path}")
+    joint = with_sizes_read(capture_inference(model, batch))
+    check_forward(plan, joint.sites)
+    rewrite(joint, plan, strict=False)
+    prepare_rounding(joint.module, joint.inputs)
+    return joint
 
 
 def _inputs(
-    model: nn.Module, batch: Any, joint: JointGraph
+    public: Mapping[str, torch.Tensor], joint: JointGraph, dynamic: Dynamic
 ) -> tuple[list[GraphInput], dict[str, tuple[str, torch.Tensor]]]:
     """Tell the batch's tensors, which become model inputs, from what the model holds."""
-    public = _public_names(model, batch)
+    names = {id(tensor): name for name, tensor in public.items()}
     inputs, constants = [], {}
     holders = joint.module.graph.find_nodes(op="placeholder")
-    for node, name, value in zip(holders, joint.names, joint.inputs, strict=True):
-        if not isinstance(value, torch.Tensor):
-            raise ExportError(f"input {name} is {type(value).__name__}, not a tensor: make it one")
-        if id(value) in public:
-            inputs.append(GraphInput(node.name, public[id(value)], value))
+    for node, held, value in zip(holders, joint.names, joint.inputs, strict=True):
+        if id(value) in names:
+            name = names[id(value)]
+            inputs.append(GraphInput(node.name, name, value, dynamic.get(name, {})))
         else:
-            constants[node.name] = (name, value.detach())
+            constants[node.name] = (held, value.detach())
+    refuse_fixed(joint, {given.placeholder: given.name for given in inputs}, dynamic)
     return inputs, constants
-
-
-def _public_names(model: nn.Module, batch: Any) -> dict[int, str]:
-    """Name of every tensor of a batch, by the model's own argument names."""
-    if isinstance(batch, Mapping):
-        named: dict[str, Any] = dict(batch)
-    else:
-        values = batch if isinstance(batch, Sequence) else (batch,)
-        named = dict(inspect.signature(model.forward).bind(*values).arguments)
-    names = {}
-    for name, value in named.items():
-        leaves = [
-            leaf
-            for leaf in torch.utils._pytree.tree_leaves(value)
-            if isinstance(leaf, torch.Tensor)
-        ]
-        for index, leaf in enumerate(leaves):
-            names[id(leaf)] = name if len(leaves) == 1 else f"{name}_{index}"
-    return names
-
-
-def _annotations(graph: fx.Graph, plan: Plan) -> dict[str, dict[str, str]]:
-    nodes = [node for node in graph.nodes if node.op == "call_function"]
-    choices = node_choices(graph, plan.sites)
-    return {
-        node.name: _annotation(node, choice) for node, choice in zip(nodes, choices, strict=True)
-    }
-
-
-def _annotation(node: fx.Node, choice: NodeChoice) -> dict[str, str]:
-    owner = facts_of(root_of(node))
-    shows = owner.name if owner is not None and owner.name != choice.name else None
-    return node_entries(choice, shows)

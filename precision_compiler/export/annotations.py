@@ -1,34 +1,29 @@
-"""How a plan is written into the metadata of an ONNX model and of its nodes."""
+"""What every node of an exported model says about itself."""
 
-import base64
-import json
-import zlib
+from collections.abc import Mapping
 
+from torch import fx
+
+from precision_compiler.emulation import QUANTISE
+from precision_compiler.export.plan_metadata import PREFIX
+from precision_compiler.facts import facts_of
+from precision_compiler.formats import CHOICES, scale_exponent
+from precision_compiler.graph import root_of
 from precision_compiler.plan import NodeChoice, Plan
-
-PLAN_KEY = "precision_compiler.plan.zlib.base64"
-"""Metadata key of the model: the whole plan."""
-
-_PREFIX = "precision_compiler."
+from precision_compiler.record import node_choices
 
 
-def plan_entries(plan: Plan) -> dict[str, str]:
-    """Metadata of the model: the plan, and its main numbers to read without unpacking it."""
-    packed = base64.b64encode(zlib.compress(plan.to_json().encode())).decode()
-    error = "predicted_output_error" if plan.measures == "outputs" else "predicted_gradient_error"
+def annotations_of(graph: fx.Graph, plan: Plan) -> dict[str, dict[str, str]]:
+    """Entries for every computing node of a rewritten graph, by its fx name."""
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    choices = node_choices(graph, plan.sites)
     return {
-        PLAN_KEY: packed,
-        f"{_PREFIX}target": plan.target,
-        f"{_PREFIX}budget": f"{plan.budget.asked} = {plan.budget.limit:.4g}",
-        f"{_PREFIX}fingerprint": plan.fingerprint,
-        f"{_PREFIX}{error}": f"{plan.predicted_gradient_error:.4g}",
-        f"{_PREFIX}predicted_seconds": f"{plan.predicted_seconds:.4g}",
-        f"{_PREFIX}versions": json.dumps(dict(plan.versions)),
+        node.name: _annotation(node, choice) for node, choice in zip(nodes, choices, strict=True)
     }
 
 
 def node_entries(choice: NodeChoice, shows: str | None = None) -> dict[str, str]:
-    """Metadata of a node.
+    """Entries of a node.
 
     Args:
         choice: what was decided for it.
@@ -46,4 +41,28 @@ def node_entries(choice: NodeChoice, shows: str | None = None) -> dict[str, str]
         words["site"] = choice.site
     if shows is not None:
         words["shows"] = shows
-    return {f"{_PREFIX}{key}": value for key, value in words.items()}
+    return _prefixed(words)
+
+
+def _prefixed(words: Mapping[str, str]) -> dict[str, str]:
+    return {f"{PREFIX}{key}": value for key, value in words.items()}
+
+
+def _annotation(node: fx.Node, choice: NodeChoice) -> dict[str, str]:
+    owner = facts_of(root_of(node))
+    shows = owner.name if owner is not None and owner.name != choice.name else None
+    rounding = _prefixed(_rounding(node)) if node.target is QUANTISE else {}
+    return node_entries(choice, shows) | rounding
+
+
+def _rounding(node: fx.Node) -> dict[str, str]:
+    """What a node that rounds operands says, its scale included."""
+    _, name, *rest = node.args
+    fmt = CHOICES[str(name)]
+    words = {"storage_format": fmt.name, "reason": f"operand rounded to {fmt.name}"}
+    if fmt.block:
+        return words | {"scale": f"of {fmt.block} elements, from their largest magnitude"}
+    amax = rest[1]
+    assert isinstance(amax, float)
+    origin = f"fixed, from the largest magnitude on the export batch, {amax:.6g}"
+    return words | {"scale": f"2^{-scale_exponent(amax, fmt)}, {origin}"}

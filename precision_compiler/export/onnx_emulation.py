@@ -1,16 +1,23 @@
 """Runs an ONNX file in onnxruntime's CPU provider, whose kernels for bfloat16 are few.
 
 Each operation is offered to it alone; those it lacks run in float32 between casts, in a copy in
-memory. The file itself is never changed.
+memory. The file itself is never changed. A file with formats that it does not have at all is run
+by the specification's reference evaluator, which is slow.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime  # type: ignore[import-untyped]
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # type: ignore[import-untyped]
+
+from precision_compiler.export.onnx_reference import evaluated
 
 ORT_ERRORS = (
     ort_state.EPFail,
@@ -33,34 +40,83 @@ _LOW = frozenset(
         ir.DataType.FLOAT8E5M2,
     }
 )
+_HALVES = frozenset({ir.DataType.BFLOAT16, ir.DataType.FLOAT16})
+_UNKNOWN = frozenset({ir.DataType.FLOAT8E8M0, ir.DataType.FLOAT4E2M1})
+"""Formats that onnxruntime's CPU provider can neither compute in nor cast to."""
 _NUMPY_LACKS = _LOW - {ir.DataType.FLOAT16}
 _KERNELS: dict[tuple[object, ...], bool] = {}
 """What onnxruntime has been asked so far: (operation, opset, types) -> has a kernel."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """What came out of a file.
+
+    Attributes:
+        outputs: its results.
+        emulated_nodes: nodes that ran in float32 between casts.
+        evaluator: "onnxruntime" or "onnx.reference".
+    """
+
+    outputs: list[torch.Tensor]
+    emulated_nodes: int
+    evaluator: str
+
+
 def run_file(
     path: Path, inputs: Mapping[str, torch.Tensor], *, every_rounding: bool = False
-) -> tuple[list[torch.Tensor], int]:
-    """Outputs of the model, and how many of its nodes had to be emulated.
+) -> Run:
+    """Run a model.
 
     Args:
         path: the file.
         inputs: a tensor for every input, by name.
-        every_rounding: emulate what computes in float16 as well. Where onnxruntime's CPU provider
+        every_rounding: emulate what computes in 16 bits as well. Where onnxruntime's CPU provider
             lacks a float16 kernel it runs neighbouring nodes in float32 without rounding in
             between: closer to the original than the file is elsewhere.
     """
     model = ir.load(path)
-    emulated = _emulate(model, every_rounding)
-    outer = _widen_boundary(model)
-    if emulated or outer:
-        content = ir.to_proto(model).SerializeToString()
-        session = _session(content, path.parent)
+    values = [*model.graph.initializers.values(), *(v for n in model.graph for v in n.outputs)]
+    held = {value.name for value in model.graph.inputs}
+    given = {name: x for name, x in inputs.items() if name in held}
+    if _UNKNOWN.intersection(value.dtype for value in values):
+        return _run_by_reference(model, path.parent, given)
+
+    def lacks(node: ir.Node) -> bool:
+        lost = every_rounding and _computes_in_halves(node)
+        return lost or not _has_kernel(node, model.opset_imports)
+
+    emulated = _emulate(model, lacks)
+    if _widen_boundary(model) or emulated:
+        session = _session(ir.to_proto(model).SerializeToString(), path.parent)
     else:
         session = _session(str(path))
-    held = {given.name for given in session.get_inputs()}
-    feed = {name: _numpy_ready(x) for name, x in inputs.items() if name in held}
-    return [torch.from_numpy(array) for array in session.run(None, feed)], emulated
+    arrays = session.run(None, {name: _numpy_ready(x) for name, x in given.items()})
+    return Run([_tensor_of(array) for array in arrays], emulated, "onnxruntime")
+
+
+def _run_by_reference(model: ir.Model, folder: Path, inputs: Mapping[str, torch.Tensor]) -> Run:
+    """Numpy adds up products of halves in halves: they run in float32 as in onnxruntime."""
+    emulated = _emulate(model, _computes_in_halves)
+    content = ir.to_proto(model)
+    onnx.load_external_data_for_model(content, str(folder))
+    arrays = evaluated(content, {name: _exact_numpy(x) for name, x in inputs.items()})
+    return Run([_tensor_of(array) for array in arrays], emulated, "onnx.reference")
+
+
+def _computes_in_halves(node: ir.Node) -> bool:
+    values = (*node.inputs, *node.outputs)
+    return node.op_type != "Cast" and any(v is not None and v.dtype in _HALVES for v in values)
+
+
+def _exact_numpy(x: torch.Tensor) -> Any:
+    return ir.tensor_adapters.TorchTensor(x.detach().cpu()).numpy()
+
+
+def _tensor_of(array: Any) -> torch.Tensor:
+    """A result as a tensor, formats that numpy lacks in float32."""
+    known = array if array.dtype.isbuiltin else array.astype(np.float32)
+    return torch.from_numpy(np.array(known))
 
 
 def _numpy_ready(x: torch.Tensor) -> object:
@@ -68,14 +124,9 @@ def _numpy_ready(x: torch.Tensor) -> object:
     return (x.float() if dtype in _NUMPY_LACKS else x).detach().cpu().numpy()
 
 
-def _emulate(model: ir.Model, every_rounding: bool) -> int:
+def _emulate(model: ir.Model, lacks: Callable[[ir.Node], bool]) -> int:
     """Put float32 casts around each node without a kernel; return how many there were."""
-    opsets = model.opset_imports
-    lacking = [
-        node
-        for node in model.graph
-        if not _has_kernel(node, opsets) or (every_rounding and _computes_in_fp16(node))
-    ]
+    lacking = [node for node in model.graph if lacks(node)]
     for node in lacking:
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype in _LOW:
@@ -86,12 +137,6 @@ def _emulate(model: ir.Model, every_rounding: bool) -> int:
             if value.dtype in _LOW:
                 _round_after(model.graph, node, value)
     return len(lacking)
-
-
-def _computes_in_fp16(node: ir.Node) -> bool:
-    half = ir.DataType.FLOAT16
-    reads = any(value is not None and value.dtype == half for value in node.inputs)
-    return reads and any(value.dtype == half for value in node.outputs)
 
 
 def _cast(value: ir.Value, dtype: ir.DataType, output: ir.Value | None = None) -> ir.Node:

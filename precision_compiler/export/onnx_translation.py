@@ -11,25 +11,22 @@ import itertools
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
-import onnx_ir.passes.common as clean_up
-import onnxscript.optimizer
 import torch
 from torch import fx
+from torch._dynamo.exc import UserError
+from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from precision_compiler.errors import ExportError
-
-OPSET = 23
-ORIGIN = "precision_compiler.origin"
-"""Metadata key of every ONNX node: the fx node it comes from, or ``exporter``."""
+from precision_compiler.export.onnx_quantise import TRANSLATIONS, versions_of
+from precision_compiler.export.onnx_tidy import FX_NODE, annotate, name_sizes, tidy
 
 CONSTANT_PREFIX = "body."
 """What the exporter puts before the names of tensors that the graph module itself holds."""
-
-_FX_NODE = "precision_compiler.fx_node"
 
 aten = torch.ops.aten
 
@@ -38,6 +35,7 @@ def translate(
     module: fx.GraphModule,
     arguments: list[torch.Tensor],
     annotations: Mapping[str, Mapping[str, str]],
+    open_sizes: Mapping[str, Mapping[int, str]],
 ) -> ir.Model:
     """Return the ONNX form of ``module``, every node annotated.
 
@@ -45,14 +43,21 @@ def translate(
         module: functional ATen operations; it is not changed.
         arguments: an example of every placeholder, on the CPU.
         annotations: fx node name -> entries for every ONNX node that comes from it.
+        open_sizes: placeholder -> dimension -> name of its size, for those that are not fixed.
 
     Raises:
         ExportError: an operation has no ONNX form; the message names the node.
     """
-    program = _export(module, arguments)
-    _annotate(program, annotations)
-    _tidy(program.model)
-    return program.model
+    opset, ir_version = versions_of(module.graph)
+    names = [node.name for node in module.graph.find_nodes(op="placeholder")]
+    sizes = [open_sizes.get(name, {}) for name in names]
+    program = _export(module, arguments, opset, sizes)
+    model = program.model
+    name_sizes(model, sizes)
+    model.ir_version = ir_version
+    annotate(program, annotations)
+    tidy(model)
+    return model
 
 
 def _var_mean(
@@ -144,26 +149,52 @@ def _marked_copy(module: fx.GraphModule) -> fx.GraphModule:
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in module.graph.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-        copies[node].meta = {"custom": {_FX_NODE: node.name}}
+        copies[node].meta = {"custom": {FX_NODE: node.name}}
     copy = fx.GraphModule(module, graph)
     copy.graph.eliminate_dead_code()
     return copy
 
 
-def _export(module: fx.GraphModule, arguments: list[torch.Tensor]) -> torch.onnx.ONNXProgram:
+def _export(
+    module: fx.GraphModule,
+    arguments: list[torch.Tensor],
+    opset: int,
+    sizes: Sequence[Mapping[int, str]],
+) -> torch.onnx.ONNXProgram:
     marked = _marked_copy(module)
     with torch.no_grad(), _quiet(), torch.fx.traceback.preserve_node_meta():
-        program = torch.export.export(_Program(marked).eval(), tuple(arguments))
+        program = _retraced(marked, arguments, sizes)
         try:
             # Not optimised: that would rename and merge parameters and drop annotations.
             exported = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
+                program,
+                dynamo=True,
+                opset_version=opset,
+                optimize=False,
+                verbose=False,
+                custom_translation_table=dict(TRANSLATIONS),
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(_blame(error, module)) from error
     if exported is None:
         raise ExportError("torch.onnx.export returned no model")
     return exported
+
+
+def _retraced(
+    module: fx.GraphModule, arguments: list[torch.Tensor], sizes: Sequence[Mapping[int, str]]
+) -> torch.export.ExportedProgram:
+    open_sizes = tuple(dict.fromkeys(held, Dim.DYNAMIC) for held in sizes)
+    try:
+        return torch.export.export(
+            _Program(module).eval(), tuple(arguments), dynamic_shapes=(open_sizes,)
+        )
+    except (UserError, ConstraintViolationError) as error:
+        names = ", ".join(name for held in sizes for name in held.values())
+        raise ExportError(
+            f"not all of the sizes {names} can stay open, an operation fixes one: leave it out of "
+            f"dynamic ({str(error).strip().splitlines()[0]})"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -197,52 +228,3 @@ def _blame(error: BaseException, module: fx.GraphModule) -> str:
     if not same:
         return f"operation {target}, made while exporting, cannot be written as ONNX: {reason}"
     return _cannot(same[0], reason + (f" ({len(same)} such nodes)" if len(same) > 1 else ""))
-
-
-# --- annotations and tidying --------------------------------------------------------------------
-
-
-def _annotate(
-    program: torch.onnx.ONNXProgram, annotations: Mapping[str, Mapping[str, str]]
-) -> None:
-    """Replace the exporter's metadata, which quotes source code and paths, by our own.
-
-    The exporter calls a value by the name of its own fx node. That finds the origin of a node
-    which it inlined from a function, where it keeps no link to the fx node.
-    """
-    made = program.exported_program.graph.nodes if program.exported_program else ()
-    origins = {node.name: node.meta.get("custom", {}).get(_FX_NODE) for node in made}
-    program.model.graph.metadata_props.clear()
-    for node in program.model.graph:
-        source = node.meta.get("node")
-        names = [source.name] if source is not None else [out.name for out in node.outputs]
-        origin = next((origins[name] for name in names if name in origins), None)
-        node.metadata_props.clear()
-        if origin is not None:
-            node.metadata_props.update({**annotations.get(origin, {}), ORIGIN: origin})
-
-
-def _tidy(model: ir.Model) -> None:
-    """Inline functions, compute constants and lift them; nodes this made are annotated too."""
-    clean_up.InlinePass()(model)
-    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
-    clean_up.RemoveUnusedNodesPass()(model)
-    clean_up.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    clean_up.DeduplicateInitializersPass()(model)
-    clean_up.OutputFixPass()(model)
-    clean_up.RemoveUnusedOpsetsPass()(model)
-    for node in model.graph:
-        if ORIGIN not in node.metadata_props:
-            node.metadata_props.update({**_nearest_entries(node), ORIGIN: "exporter"})
-
-
-def _nearest_entries(start: ir.Node) -> Mapping[str, str]:
-    """The entries of the nearest node with an origin in fx, consumers before producers."""
-    queue, seen = [start], {start}
-    for node in queue:
-        if node.metadata_props.get(ORIGIN, "exporter") != "exporter":
-            return node.metadata_props
-        around = [*node.successors(), *node.predecessors()]
-        queue += [other for other in around if other not in seen]
-        seen.update(around)
-    return {}

@@ -44,7 +44,7 @@ def annotated(outliers: Files) -> AnnotationReport:
 
 def outputs(path: Path, x: Array) -> list[torch.Tensor]:
     """What the file says, every rounding of it."""
-    return run_file(path, {"x": torch.from_numpy(x)}, every_rounding=True)[0]
+    return run_file(path, {"x": torch.from_numpy(x)}, every_rounding=True).outputs
 
 
 def test_outliers_that_break_fp16_do_no_harm(outliers: Files, annotated: AnnotationReport) -> None:

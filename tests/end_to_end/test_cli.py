@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 
 import precision_compiler
@@ -55,7 +56,19 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["plan", f"{folder}/train.py:workload", "-o", f"{folder}/plan.json", "--target", "h100"]
     )
     assert code == 0
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
+    onnx.save(model, folder / "plain.onnx")
+    (folder / "note.onnx").write_text("not a model")
     return folder
+
+
+@pytest.fixture(scope="module")
+def exported(session: Path) -> Path:
+    """The session's model as ONNX."""
+    path = session / "model.onnx"
+    spec = f"{session}/train.py:workload"
+    assert main(["export", spec, f"{session}/plan.json", "-o", str(path)]) == 0
+    return path
 
 
 def test_help_names_every_command_and_a_first_step(capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,13 +193,44 @@ def test_lower_lists_products_and_writes_the_graph(
 
 
 def test_export_writes_a_model(
-    session: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    session: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "model.onnx"
-    arguments = ["export", f"{session}/train.py:workload", f"{session}/plan.json", "-o", str(path)]
-    assert main(arguments) == 0
+    path = tmp_path / "again.onnx"  # the plan may come from a model that has it
+    assert main(["export", f"{session}/train.py:workload", str(exported), "-o", str(path)]) == 0
     assert path.stat().st_size > 0
     assert str(path) in capsys.readouterr().out
+
+
+def test_export_keeps_dimensions_open(session: Path, tmp_path: Path) -> None:
+    path = tmp_path / "open.onnx"
+    spec, plan = f"{session}/train.py:workload", f"{session}/plan.json"
+    assert main(["export", spec, plan, "-o", str(path), "--dynamic", "x:0=rows"]) == 0
+    graph = onnx.load(path).graph
+    shapes = [value.type.tensor_type.shape.dim for value in (*graph.input, *graph.output)]
+    assert [shape[0].dim_param for shape in shapes] == ["rows"] * 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["show {}", "show {} --by op", "show {} --json", "explain {} fc.wgrad"],
+)
+def test_a_model_is_read_like_its_plan(
+    session: Path, exported: Path, arguments: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for path in (session / "plan.json", exported):
+        assert main(arguments.format(path).split()) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+def test_a_model_has_a_report_and_no_difference_from_its_plan(
+    session: Path, exported: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "report.html"
+    assert main(["report", str(exported), "-o", str(page)]) == 0
+    assert page.read_text("utf-8").startswith("<!doctype html>")
+    assert main(["diff", str(exported), f"{session}/plan.json"]) == 0
 
 
 def test_targets_lists_every_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,11 +263,18 @@ def test_targets_show_explains_one(capsys: pytest.CaptureFixture[str]) -> None:
         ("targets show h1000", "unknown target 'h1000'"),
         ("show {0}/missing.json", "missing.json"),
         ("show {0}/corrupt.json", "corrupt.json"),
+        ("show {0}/missing.onnx", "missing.onnx: No such file"),
+        ("show {0}/plain.onnx", "plain.onnx carries no plan"),
+        ("explain {0}/note.onnx fc.fprop", "note.onnx is not an ONNX model"),
+        ("diff {0}/plan.json {0}/plain.onnx", "plain.onnx carries no plan"),
         ("report {0}/missing.json", "missing.json"),
         ("report {0}/plan.json -o {0}/none/report.html", "create it"),
         ("diff {0}/plan.json {0}/missing.json", "missing.json"),
         ("diff {0}/corrupt.json {0}/plan.json", "corrupt.json"),
         ("export {0}/other.py:workload {0}/plan.json -o {0}/other.onnx", "fc.fprop"),
+        ("export {0}/train.py:workload {0}/plan.json --dynamic x", "INPUT:DIMENSION=NAME"),
+        ("export {0}/train.py:workload {0}/plan.json --dynamic x:a=b", "INPUT:DIMENSION=NAME"),
+        ("export {0}/train.py:workload {0}/plan.json --dynamic y:0=b", "no input 'y'"),
     ],
 )
 def test_mistake_is_one_line_and_exit_code_2(

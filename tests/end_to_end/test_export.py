@@ -3,13 +3,16 @@
 from pathlib import Path
 
 import onnx
+import onnxruntime  # type: ignore[import-untyped]
 import pytest
 import torch
 
 import precision_compiler
 from precision_compiler.export import read_plan
+from precision_compiler.export.plan_metadata import plan_entries
 from precision_compiler.plan import Plan
 from precision_compiler.target import Target
+from tests.made_plans import big_plan
 from tests.models import gpt
 
 FP8 = "h100 without launch and memory time"
@@ -61,3 +64,25 @@ def test_a_file_without_a_plan_says_so(tmp_path: Path) -> None:
     onnx.save(onnx.helper.make_model(graph), tmp_path / "plain.onnx")
     with pytest.raises(precision_compiler.ExportError, match="carries no plan"):
         read_plan(tmp_path / "plain.onnx")
+
+
+def test_the_plan_survives_onnxruntime(tmp_path: Path) -> None:
+    model, inputs, plan = planned("a100")
+    fp32 = plan.with_formats(dict.fromkeys(plan.sites, "fp32"))
+    precision_compiler.export_onnx(model, inputs, fp32, tmp_path / "model.onnx")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "saved.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", options)
+    nodes = onnx.load(tmp_path / "saved.onnx").graph.node
+    assert not any(node.metadata_props for node in nodes)
+    assert read_plan(tmp_path / "saved.onnx") == fp32
+
+
+def test_metadata_holds_the_plan_of_a_large_model(tmp_path: Path) -> None:
+    plan = big_plan(sites=80 * 30, nodes=10_000)
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
+    onnx.helper.set_model_props(model, plan_entries(plan))
+    onnx.save(model, tmp_path / "large.onnx")
+    assert (tmp_path / "large.onnx").stat().st_size < 0.1 * len(plan.to_json())
+    assert read_plan(tmp_path / "large.onnx") == plan

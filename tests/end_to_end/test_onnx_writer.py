@@ -16,6 +16,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from precision_compiler.emulation import QUANTISE
 from precision_compiler.errors import ExportError
 from precision_compiler.export import onnx_writer
 from precision_compiler.export.onnx_check import check_file, tolerated_ulps
@@ -367,13 +368,10 @@ def test_the_file_quotes_no_source_code(gpt: Example, tmp_path: Path) -> None:
 # --- files --------------------------------------------------------------------------------------
 
 
-def test_large_weights_lie_beside_the_model(
-    gpt: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onnx_writer, "_EXTERNAL_BYTES", 1000)
+def test_large_weights_lie_beside_the_model(gpt: Example, tmp_path: Path) -> None:
     contract_in(gpt.module, torch.bfloat16)
     for _ in range(2):  # a second export replaces both files
-        report = gpt.write(tmp_path / "gpt.onnx")
+        report = gpt.write(tmp_path / "gpt.onnx", external_bytes=1000)
     weights = tmp_path / "gpt.onnx.data"
 
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["gpt.onnx", weights.name]
@@ -381,6 +379,24 @@ def test_large_weights_lie_beside_the_model(
     assert report.emulated_nodes == CONTRACTIONS
     weights.unlink()
     assert read_metadata(report.path) == {"plan": "everything"}
+
+
+@pytest.mark.parametrize(
+    ("name", "evaluator"), [("e4m3", "onnxruntime"), ("mxfp4", "onnx.reference")]
+)
+def test_narrow_weights_may_lie_beside_the_model(name: str, evaluator: str, tmp_path: Path) -> None:
+    def product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        scale = (-2, 4.0) if name == "e4m3" else (-2,)
+        made: torch.Tensor = aten.mm.default(x, QUANTISE(weight, name, *scale))
+        return made
+
+    example = traced(product, {"fc.weight": torch.randn(64, 64)}, x=torch.randn(3, 64))
+    report = example.write(tmp_path / "fc.onnx", external_bytes=100)
+    assert (report.evaluator, report.max_difference) == (evaluator, 0.0)
+    stored = onnx.load(report.path, load_external_data=False).graph.initializer
+    codes = next(weight for weight in stored if weight.name.startswith("fc.weight.float"))
+    assert codes.data_location == TensorProto.EXTERNAL
+    assert (tmp_path / "fc.onnx.data").stat().st_size >= 64 * 64 * (1 if name == "e4m3" else 0.5)
 
 
 def test_a_failed_check_leaves_the_old_file(

@@ -310,7 +310,7 @@ def test_exported_block_agrees_with_onnxruntime(opset: int, dynamo: bool, tmp_pa
     x = torch.randn(2, 8, 16)
     path = export(Block(16), (x,), ["x"], tmp_path / "block.onnx", opset, dynamo)
     imported = import_graph(loaded(onnx.load(path)), {"x": x})
-    (wanted,), _ = run_file(path, {"x": x})
+    (wanted,) = run_file(path, {"x": x}).outputs
     torch.testing.assert_close(next(iter(imported.outputs.values())), wanted, atol=2e-5, rtol=1e-5)
 
 
