@@ -62,12 +62,14 @@ class Recipe:
         formats: that plans choose from.
         budget: largest relative gradient error.
         uniform: format of every matrix product that it fits, whatever the solver says.
+        after: steps in float32 before the plan is made, for the model as it is then.
     """
 
     machine: str
     formats: tuple[str, ...]
     budget: float | str
     uniform: str | None = None
+    after: int = 0
 
 
 WIDE = ("fp32", "bf16")
@@ -76,6 +78,7 @@ PLANS = {
     "fp8 plan": Recipe("h100", (*WIDE, "tf32", "fp16", "e4m3", "e5m2"), 0.1),
     "mxfp8 plan": Recipe("b200", (*WIDE, "mxfp8"), 0.1),
     "nvfp4 plan": Recipe("b200", (*WIDE, "mxfp8", "nvfp4"), 0.1),
+    "late nvfp4 plan": Recipe("b200", (*WIDE, "mxfp8", "nvfp4"), 0.1, after=100),
     "all nvfp4": Recipe("b200", (*WIDE, "nvfp4"), 1.0, "nvfp4"),
 }
 VARIANTS = ("fp32", "autocast", *PLANS)
@@ -205,10 +208,13 @@ def uniform(plan: Plan, fmt: str) -> dict[str, str]:
 def run(task: Task, seed: int, variant: str, steps: int, tick: Callable[[], object]) -> Record:
     """Train one variant of one seed; `tick` is called after each step."""
     model = task.initial(seed)
-    plan = compile_variant(variant, model, next(task.batches(seed)))
+    after = PLANS[variant].after if variant in PLANS else 0
+    plan = None if after else compile_variant(variant, model, next(task.batches(seed)))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
     curve, seconds = [evaluate(model, task, variant, 0)], []
     for step, batch in enumerate(islice(task.batches(seed), steps), start=1):
+        if after and step == after + 1:
+            plan = compile_variant(variant, model, batch)
         optimizer.param_groups[0]["lr"] = learning_rate(step / steps, task.peak)
         seconds.append(train_step(model, batch, variant, optimizer))
         if step * EVALUATIONS // steps > (step - 1) * EVALUATIONS // steps:

@@ -177,6 +177,4 @@ def _missing(architecture: Architecture, format: str) -> str:
         return f"{name} scales blocks by powers of two only, not by e4m3 numbers"
     if format == "bf16":
         return f"{name} has no products in bf16"
-    if format == "mxfp6" and "mxfp8" in architecture.matrix:
-        return f"no kernel multiplies {format}: neither torch nor Triton has its products"
     return f"{name} has no scaled products: Triton would compute {format} in bf16 without a word"

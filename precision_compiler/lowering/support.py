@@ -7,6 +7,7 @@ from precision_compiler.errors import TargetError
 from precision_compiler.formats import CHOICES
 from precision_compiler.graph import aten, is_matrix_product
 from precision_compiler.kernels.targets import (
+    ARCHITECTURES,
     architecture_named,
     reason_against,
     this_architecture,
@@ -30,6 +31,8 @@ def reason_against_product(node: fx.Node, fmt: str, architecture: str) -> str:
         return ""
     if node.target not in _TWO_MATRICES:
         return "scales are for products of two matrices, not attention, batches or convolutions"
+    if not any(fmt in machine.matrix for machine in ARCHITECTURES):
+        return f"no kernel multiplies {fmt}: neither torch nor Triton has its products"
     try:
         machine = architecture_named(architecture)
     except TargetError:
