@@ -12,6 +12,7 @@ from precision_compiler.compiler import measure_error
 from precision_compiler.errors import PrecisionError
 from precision_compiler.export import read_plan
 from precision_compiler.plan import Plan
+from precision_compiler.record import frontier_of_plan
 from precision_compiler.report.diff import compare, show_difference
 from precision_compiler.report.html import write_report
 from precision_compiler.report.places import GROUPINGS
@@ -57,6 +58,11 @@ def add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE",
         help="where to write the page (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--frontier", type=int, default=12, metavar="N",
+        help="draw the fastest plans for N errors, as far as 20 s of solving reach; 0 for none "
+        "(default: %(default)s)",
     )  # fmt: skip
     parser.set_defaults(command=_report)
 
@@ -127,7 +133,15 @@ def _show(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     plan = load_plan(options.plan)
     require_folder(options.output)
-    write_report(plan, options.output, title=options.plan.name)
+    frontier = None
+    if options.frontier > 1 and plan.tables is not None:
+        with spinner("solving for other errors") as report:
+            frontier = frontier_of_plan(
+                plan,
+                options.frontier,
+                progress=lambda done, of: report(f"solving for error {done + 1} of {of}"),
+            )
+    write_report(plan, options.output, title=options.plan.name, frontier=frontier)
     Console().print(f"wrote {options.output}", soft_wrap=True)
 
 

@@ -2,7 +2,7 @@
 
 import platform
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 
 import torch
@@ -23,7 +23,8 @@ from precision_compiler.plan import SCHEMA_VERSION, NodeChoice, Option, Plan, Si
 from precision_compiler.problem import Problem, Solution, fixes_result
 from precision_compiler.sites import Site, fingerprint
 from precision_compiler.statistics import METRICS
-from precision_compiler.thaw import tables_of
+from precision_compiler.sweep import frontier
+from precision_compiler.thaw import problem_of, tables_of
 from precision_compiler.verify import is_ours
 
 TENSOR, LOSS = METRICS.index("tensor"), METRICS.index("loss")
@@ -81,6 +82,42 @@ def frontier_of_unit(unit: Unit, loss_origin: str, points: Sequence[Solution]) -
         budget=unit.budget,
         chosen=_frontier_point(problem, unit.solution),
         points=tuple(_frontier_point(problem, solution) for solution in points),
+    )
+
+
+def frontier_of_plan(
+    plan: Plan,
+    points: int = 12,
+    seconds: float = 20.0,
+    progress: Callable[[int, int], None] = lambda _done, _all: None,
+) -> Frontier:
+    """The fastest plans for other errors, from what a plan was decided on.
+
+    Args:
+        plan: carries its decision problem.
+        points: how many budgets to solve for.
+        seconds: time limit; the points found by then are returned.
+        progress: called with the number of budgets done and of all.
+
+    Raises:
+        PlanError: the plan does not carry its problem.
+    """
+    problem = problem_of(plan)
+    assert plan.tables is not None
+    found, totals = frontier(problem, points, 1e-2, seconds, progress), plan.totals
+    best = totals.predicted_seconds, totals.predicted_gradient_error, totals.bound_seconds
+    chosen = Solution(plan.assignment, *best, totals.gap)
+    return Frontier(
+        schema_version=FRONTIER_VERSION,
+        target=plan.target,
+        fingerprint=plan.fingerprint,
+        loss_origin=plan.loss_origin,
+        versions=plan.versions,
+        fp32=_unproven(problem, problem.uniform()),
+        autocast=_unproven(problem, plan.tables.autocast),
+        budget=plan.budget,
+        chosen=_frontier_point(problem, chosen),
+        points=tuple(_frontier_point(problem, solution) for solution in found),
     )
 
 

@@ -21,13 +21,21 @@ from markupsafe import Markup
 from precision_compiler.files import write_record
 from precision_compiler.flags import FLAGS, Flag
 from precision_compiler.formats import CHOICES
+from precision_compiler.frontier import Frontier
 from precision_compiler.plan import Plan
+from precision_compiler.report.curve import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, curve_of
 from precision_compiler.report.headline import candidates, facts, particulars
 from precision_compiler.report.places import COLUMNS, sections_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("dom.js", "explain.js", "grid.js", "scatter.js", "main.js")
 STYLES = ("page.css", "sites.css")
+SHAPES = {
+    "plan": "M 0 -8 L 2 -3 L 8 -3 L 3 1 L 5 7 L 0 3 L -5 7 L -3 1 L -8 -3 L -2 -3 Z",
+    "fp32": "M -5 -5 H 5 V 5 H -5 Z",
+    "autocast": "M 0 -6 L 6 5 H -6 Z",
+}
+"""SVG paths around the origin."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +57,24 @@ class FlagGroup:
     example: Flag
 
 
-def write_report(plan: Plan, path: Path, title: str = "plan") -> None:
+def write_report(
+    plan: Plan, path: Path, title: str = "plan", frontier: Frontier | None = None
+) -> None:
     """Writes a plan as a page, whole or not at all.
 
     Raises:
         PlanError: the file cannot be written.
     """
-    write_record(path, report_html(plan, title), "report")
+    write_record(path, report_html(plan, title, frontier), "report")
 
 
-def report_html(plan: Plan, title: str = "plan") -> str:
+def report_html(plan: Plan, title: str = "plan", frontier: Frontier | None = None) -> str:
     """The page as text.
 
     Args:
         plan: what it is about.
         title: what to call the plan, such as the name of its file.
+        frontier: the fastest plans for other errors; without it they are not drawn.
     """
     record = json.loads(plan.to_json())
     record.pop("tables")  # what solving again needs, and a page does not
@@ -82,6 +93,10 @@ def report_html(plan: Plan, title: str = "plan") -> str:
         particulars=particulars(plan),
         flags=flag_groups(plan),
         columns=COLUMNS,
+        curve=None if frontier is None else curve_of(frontier),
+        size=(WIDTH, HEIGHT),
+        edges=(TOP, HEIGHT - BOTTOM, LEFT, WIDTH - RIGHT),
+        shapes=SHAPES,
         sum_of_steps=sum(entry.seconds for entry in plan.journal),
     )  # fmt: skip
 
