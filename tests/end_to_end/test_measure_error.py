@@ -131,7 +131,7 @@ def fp8_plan() -> Plan:
 def plan(request: pytest.FixtureRequest, bf16_plan: Plan, fp8_plan: Plan) -> Plan:
     found = bf16_plan if request.param == "bf16" else fp8_plan
     contractions = [c.format for c in found.sites.values() if c.kind == "contraction"]
-    assert contractions.count(request.param) > 3
+    assert contractions.count(request.param) >= 3  # attention has no e4m3
     return found
 
 
