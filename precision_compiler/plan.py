@@ -46,6 +46,25 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Range:
+    """How large the elements of one tensor are.
+
+    Attributes:
+        tensor: which one of the site's: "stored", or "operand 0" and so on.
+        amax: largest magnitude.
+        lowest: binary exponent of the first binade in ``shares``.
+        shares: of the elements that are not zero, per binade from there upwards.
+    """
+
+    __pydantic_config__ = STRICT
+
+    tensor: str
+    amax: float
+    lowest: int
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class SiteChoice:
     """What was decided for one site.
 
@@ -62,6 +81,7 @@ class SiteChoice:
             the plan; options say what it would cause with everything around it in float32.
         variance_share: its share of the plan's predicted error variance, 0 to 1.
         options: every format considered.
+        ranges: of the stored tensor, or of the operands; none where nothing was measured.
     """
 
     __pydantic_config__ = STRICT
@@ -77,6 +97,7 @@ class SiteChoice:
     error: float
     variance_share: float
     options: Mapping[str, Option]
+    ranges: tuple[Range, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
+from math import isfinite
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -19,10 +21,10 @@ from precision_compiler.links import Links
 from precision_compiler.outcomes import Totals, Trial, Verification
 from precision_compiler.overrides import OVERRIDE
 from precision_compiler.pipeline import Unit
-from precision_compiler.plan import SCHEMA_VERSION, NodeChoice, Option, Plan, SiteChoice
+from precision_compiler.plan import SCHEMA_VERSION, NodeChoice, Option, Plan, Range, SiteChoice
 from precision_compiler.problem import Problem, Solution, fixes_result
 from precision_compiler.sites import Site, fingerprint
-from precision_compiler.statistics import METRICS
+from precision_compiler.statistics import EXPONENTS, METRICS
 from precision_compiler.sweep import frontier
 from precision_compiler.thaw import problem_of, tables_of
 from precision_compiler.verify import is_ours
@@ -242,7 +244,28 @@ def _site_choice(
         error=max(0.0, variances[site.name]) ** 0.5,
         variance_share=variances[site.name] / total if total else 0.0,
         options=options,
+        ranges=tuple(_ranges(site, problem)),
     )
+
+
+def _ranges(site: Site, problem: Problem) -> Iterator[Range]:
+    """Binade histograms of a site's tensors, as far as they were measured."""
+    statistics = problem.statistics
+    if site.kind == "storage":
+        named = [("stored", statistics.stores.get(site.name))]
+    else:
+        arguments = sorted(link.argument for link in problem.links.reads_of(site.name))
+        named = [
+            (f"operand {argument}", statistics.operands.get((site.name, argument)))
+            for argument in arguments
+        ]
+    for name, seen in named:
+        total = 0.0 if seen is None else float(seen.count.sum())
+        if seen is None or not total or not isfinite(seen.amax):
+            continue
+        first, last = np.flatnonzero(seen.count)[[0, -1]]
+        shares = (round(float(count) / total, 5) for count in seen.count[first : last + 1])
+        yield Range(name, float(seen.amax), int(EXPONENTS[first]), tuple(shares))
 
 
 def _variance_alone(problem: Problem, site: Site, name: str) -> float:

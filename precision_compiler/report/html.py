@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from precision_compiler.report.headline import candidates, facts, particulars
 from precision_compiler.report.places import COLUMNS, sections_of
 
 TEMPLATES = Path(__file__).parent / "templates"
-SCRIPTS = ("dom.js", "explain.js", "grid.js", "scatter.js", "main.js")
+SCRIPTS = ("dom.js", "ranges.js", "explain.js", "grid.js", "scatter.js", "main.js")
 STYLES = ("page.css", "sites.css")
 SHAPES = {
     "plan": "M 0 -8 L 2 -3 L 8 -3 L 3 1 L 5 7 L 0 3 L -5 7 L -3 1 L -8 -3 L -2 -3 Z",
@@ -139,6 +140,12 @@ def _view(plan: Plan) -> Mapping[str, Any]:
         ],
         "columns": COLUMNS,
         "formats": {name: CHOICES[name].bits for name in known},
+        "limits": {
+            name: None  # every block has a scale of its own
+            if fmt.block
+            else [log2(fmt.smallest_subnormal), log2(fmt.max_finite), fmt.scaled]
+            for name, fmt in CHOICES.items()
+        },
     }
 
 

@@ -230,3 +230,30 @@ def test_large_plan_is_complete_soon(driver: Any, tmp_path: Path) -> None:
     assert driver.execute_script("return document.readyState") == "complete"
     assert len(driver.find_elements("css selector", "#grid button")) == 4000
     assert driver.get_log("browser") == []
+
+
+def test_ranges_of_a_site_are_drawn_against_its_formats(page: Any) -> None:
+    plan = with_names(planned("gpt"), HOSTILE)
+    choice = plan.sites[SITE]
+    assert len(choice.ranges) == 2
+    cell(page, SITE).click()
+    figures = page.find_elements("css selector", "#panel figure.range")
+    assert len(figures) == len(choice.ranges)
+    for figure, shown_range in zip(figures, choice.ranges, strict=True):
+        assert shown_range.tensor in figure.text
+        bars = figure.find_elements("css selector", ".bars rect")
+        assert len(bars) == len(shown_range.shares)
+        tallest = max(bars, key=lambda bar: float(bar.get_attribute("height")))
+        most = shown_range.shares.index(max(shown_range.shares))
+        assert bars.index(tallest) == most
+        lines = figure.find_elements("css selector", ".reach line")
+        assert len(lines) == len(choice.options)
+        (chosen,) = figure.find_elements("css selector", ".reach line.ours")
+        assert chosen == lines[list(choice.options).index(choice.format)]
+        ends = {
+            format: (float(line.get_attribute("x1")), float(line.get_attribute("x2")))
+            for format, line in zip(choice.options, lines, strict=True)
+        }
+        assert ends["fp32"][0] <= ends["bf16"][0] <= ends["fp16"][0]
+        first = float(bars[0].get_attribute("x"))
+        assert ends["fp32"][0] <= first  # float32 holds all of it

@@ -2,7 +2,7 @@
 
 const SITE_FIELDS = new Set([
   "kind", "role", "op", "signature", "shape", "format", "reason", "seconds", "error",
-  "variance_share", "options",
+  "variance_share", "options", "ranges",
 ]);
 
 function explanation(site, report) {
@@ -11,6 +11,7 @@ function explanation(site, report) {
     siteFacts(site, report),
     make("h3", {}, "Options"),
     optionsTable(site),
+    ...site.choice.ranges.map((range) => histogram(range, site, report)),
     ...flagList(site.flags),
     ...nodeTable(report.nodesOf.get(site.name) ?? []),
   ];
