@@ -72,8 +72,9 @@ def _lower(options: argparse.Namespace) -> None:
 
 def _products_table(lowered: Lowered) -> Table:
     table = Table(title="products and attention on the GPU")
-    for column, justify in (("format", "left"), ("operation", "left"), ("how many", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("format")
+    table.add_column("operation")
+    table.add_column("how many", justify="right")
     counts = Counter((product.format, product.operation) for product in lowered.products)
     for (fmt, operation), count in sorted(counts.items()):
         table.add_row(fmt, operation, str(count))

@@ -60,7 +60,7 @@ def add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="where to write the page (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--frontier", type=int, default=12, metavar="N",
+        "--frontier", type=_points, default=12, metavar="N",
         help="draw the fastest plans for N errors, as far as 20 s of solving reach; 0 for none "
         "(default: %(default)s)",
     )  # fmt: skip
@@ -130,11 +130,18 @@ def _show(options: argparse.Namespace) -> None:
             console.print(flags_table(plan.flags))
 
 
+def _points(word: str) -> int:
+    """A number of points of a curve."""
+    if not word.isdecimal() or int(word) == 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither 0 nor a number from 2 on")
+    return int(word)
+
+
 def _report(options: argparse.Namespace) -> None:
     plan = load_plan(options.plan)
     require_folder(options.output)
     frontier = None
-    if options.frontier > 1 and plan.tables is not None:
+    if options.frontier and plan.tables is not None:
         with spinner("solving for other errors") as report:
             frontier = frontier_of_plan(
                 plan,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from precision_compiler.explain import GAP
 from precision_compiler.journal import JournalEntry
 from precision_compiler.overrides import OVERRIDE, resolved
 from precision_compiler.plan import NodeChoice, Plan, SiteChoice
@@ -11,8 +12,6 @@ from precision_compiler.record import flags_of_plan, reason_for
 from precision_compiler.solver import solve
 from precision_compiler.thaw import problem_of
 
-GAP = 1e-4
-"""Relative gap to which the problem is solved again."""
 _OF_THE_WHOLE = ("trust-region", "unverified")
 
 

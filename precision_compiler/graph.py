@@ -118,6 +118,12 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return () if value is None else tuple(size_hint(size) for size in value.shape)
 
 
+def has_open_sizes(node: fx.Node) -> bool:
+    """Whether a size of the tensor that the node produces is left open by the capture."""
+    value = value_of(node)
+    return value is not None and any(isinstance(size, torch.SymInt) for size in value.shape)
+
+
 def is_float32(node: fx.Node) -> bool:
     """Whether the node produces one float32 tensor."""
     value = value_of(node)

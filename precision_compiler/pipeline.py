@@ -161,7 +161,7 @@ class Unit:
         """A unit with the same findings that carries out a solution on a graph of its own."""
         twin = replace(
             self, joint=joint, solution=solution, assignment=dict(solution.assignment),
-            journal=self.journal.copy(),
+            journal=self.journal.copy(), architecture=self.target.architecture,
         )  # fmt: skip
         found = ("links", "problem", "insisted")  # in the graph as captured
         twin.__dict__.update({name: getattr(self, name) for name in found})

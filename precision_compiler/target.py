@@ -15,6 +15,7 @@ from precision_compiler.format_rates import QUANTISATIONS, FormatRate, Quantisat
 from precision_compiler.formats import CHOICES
 from precision_compiler.gemm import Product, gemm_seconds
 from precision_compiler.gemm_formats import GEMM_BYTES, nearest
+from precision_compiler.gpu import architecture_name, gpu_at_hand
 from precision_compiler.measure import Machine, measured_machine
 from precision_compiler.target_files import SUFFIX, Table, explain, read_table
 
@@ -141,10 +142,7 @@ class Target:
     @property
     def architecture(self) -> str:
         """What GPU kernels are compiled for, such as "sm_90" or "gfx942"; empty for no GPU."""
-        word = self.compute_capability
-        if self.device == "cuda":
-            return f"sm_{word.replace('.', '')}"
-        return word if self.device == "rocm" else ""
+        return architecture_name(self.device, self.compute_capability)
 
     @property
     def kernel_seconds(self) -> float:
@@ -272,7 +270,7 @@ def _this_machine(device: str) -> Target:
     kind: Literal["cpu", "cuda", "rocm"] = "cpu"
     capability = ""
     if device != "cpu":
-        kind, capability = _gpu_at_hand()
+        kind, capability = gpu_at_hand()
     return Target(
         name=device,
         description=machine.description,
@@ -285,15 +283,6 @@ def _this_machine(device: str) -> Target:
         source=source,
         machine=machine,
     )
-
-
-def _gpu_at_hand() -> tuple[Literal["cuda", "rocm"], str]:
-    """What the GPU is to software, and its capability or architecture."""
-    if torch.version.hip:
-        name: str = torch.cuda.get_device_properties(0).gcnArchName
-        return "rocm", name.split(":")[0]
-    major, minor = torch.cuda.get_device_capability()
-    return "cuda", f"{major}.{minor}"
 
 
 _ADAPTER: TypeAdapter[Target] = TypeAdapter(Target)

@@ -23,6 +23,7 @@ LAYERS = (
         "formats",
         "gemm",
         "gemm_formats",
+        "gpu",
         "hadamard",
         "heap",
         "journal",

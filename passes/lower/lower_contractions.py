@@ -26,6 +26,7 @@ from precision_compiler.lowering.products import (
     BLOCK_GEMM,
     SCALED_GEMM,
     SCALED_MM,
+    SIXTEEN_BITS,
     format_of_product,
 )
 from precision_compiler.lowering.support import reason_against_product
@@ -44,7 +45,7 @@ class LowerContractions:
 
     1. tf32 is the product itself under float32's tensor-core mode, for this product alone.
     2. e4m3 (e4m3fnuz) is ``aten._scaled_mm`` with a scale per tensor. Products of two e5m2
-       operands, which cuBLAS lacks, are the kernel ``scaled_gemm``.
+       (e5m2fnuz) operands, which cuBLAS lacks, are the kernel ``scaled_gemm``.
     3. mxfp8, mxfp4 and nvfp4 are ``aten._scaled_mm`` with block scales in cuBLAS's order; on AMD,
        which has another, the kernel ``block_gemm``.
     4. Operands are calls of ``lowering.packing``, which later passes replace: one scale per
@@ -66,6 +67,7 @@ class LowerContractions:
         """Replace the products; note in the journal what was left, and why."""
         graph = unit.joint.module.graph
         lowering = _Lowering(graph, amd=unit.architecture.startswith("gfx"))
+        changed = False
         for name, node in named_nodes(graph).items():
             fmt = unit.assignment.get(name, "fp32")
             if fixes_result(fmt) or contraction_rule(node) is None or not _is_on_gpu(node):
@@ -75,7 +77,8 @@ class LowerContractions:
                 unit.journal.note(self.name, f"{name} is emulated in {fmt}: {reason}")
             else:
                 lowering.lower(node, name, fmt)
-        return lowering.done
+                changed = True
+        return changed
 
 
 class _Lowering:
@@ -84,7 +87,6 @@ class _Lowering:
     def __init__(self, graph: fx.Graph, amd: bool) -> None:
         self.graph, self.amd = graph, amd
         self.made: dict[tuple[object, ...], list[fx.Node]] = {}
-        self.done = False
 
     def lower(self, node: fx.Node, name: str, fmt: str) -> None:
         """Replace one product."""
@@ -96,7 +98,6 @@ class _Lowering:
             product, factors = self._block_product(node, fmt, dtype)
         else:
             product = self._tensor_product(node, fmt, dtype)
-        self.done = True
         found = format_of_product(product)
         if found != fmt:
             raise VerifyError(f"{name} multiplies {found} where the plan has {fmt}")
@@ -110,7 +111,7 @@ class _Lowering:
             options = (fmt, is_right)
             elements += self._once(packing.tensor_operand, operand, (encode,), options)
             scales.append(decode)
-        if fmt != "e5m2":
+        if fmt not in ("e5m2", "e5m2fnuz"):
             return self._scaled_mm(elements, scales, dtype, node)
         rows = [self._call(aten.view.default, (scale, [1]), node) for scale in scales]
         return self._call(SCALED_GEMM, (*elements, *rows, None, "none", dtype, False), node)
@@ -158,8 +159,8 @@ class _Lowering:
             result = self._call(aten.slice.Tensor, (result, 1, 0, shape_of(node)[1]), node)
         for factor in factors:
             result = self._call(aten.mul.Tensor, (result, factor), node)
-        if node.target is aten.addmm.default:
-            result = self._call(aten.add.Tensor, (result, node.args[0]), node)
+        for addend in _addends(node):
+            result = self._call(aten.add.Tensor, (result, addend), node)
         replaced = cast or node
         if cast is None and (facts := facts_of(node)) is not None and result is not product:
             set_facts(result, NodeFacts(f"{facts.name}.result", None, "result of the product"))
@@ -199,6 +200,13 @@ class _Lowering:
         return insert_call(self.graph, target, tuple(args), after=after, like=like)
 
 
+def _addends(node: fx.Node) -> list[fx.Node]:
+    """What a product adds to its sum."""
+    rule = contraction_rule(node)
+    given = [node.args[place] for place in rule.companions] if rule is not None else []
+    return [addend for addend in given if isinstance(addend, fx.Node)]
+
+
 def _is_on_gpu(node: fx.Node) -> bool:
     value = value_of(operand_nodes(node)[0])
     return value is not None and value.device.type == "cuda"
@@ -207,10 +215,10 @@ def _is_on_gpu(node: fx.Node) -> bool:
 def _result_of(node: fx.Node, fmt: str) -> tuple[torch.dtype, fx.Node | None]:
     """The dtype that a product can return at once, and the cast that it makes superfluous."""
     readers = list(node.users)
-    if fmt in ("tf32", "nvfp4") or node.target is not aten.mm.default or len(readers) != 1:
+    if fmt in ("tf32", "nvfp4") or _addends(node) or len(readers) != 1:
         return torch.float32, None
     value = value_of(readers[0])
-    if not is_cast(readers[0]) or value is None or value.dtype not in _NARROW_RESULTS:
+    if not is_cast(readers[0]) or value is None or value.dtype not in SIXTEEN_BITS:
         return torch.float32, None
     return value.dtype, readers[0]
 
@@ -224,6 +232,3 @@ def _view_of(node: fx.Node) -> tuple[object, ...]:
         assert isinstance(parent, fx.Node)
         node = parent
     return (node, *steps)
-
-
-_NARROW_RESULTS = (torch.bfloat16, torch.float16)

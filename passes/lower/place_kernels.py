@@ -24,6 +24,7 @@ from precision_compiler.graph import (
 )
 from precision_compiler.kernels import supports
 from precision_compiler.lowering import packing
+from precision_compiler.lowering.products import SIXTEEN_BITS
 from precision_compiler.lowering.recognise import Activation, Norm, recognise
 from precision_compiler.pipeline import Numerics, Unit
 
@@ -125,7 +126,7 @@ def _stored(node: fx.Node) -> fx.Node:
     root = root_of(node)
     source = root.args[0] if is_cast(root) else None
     value = value_of(source) if isinstance(source, fx.Node) else None
-    if isinstance(source, fx.Node) and value is not None and value.dtype in _WIDENED:
+    if isinstance(source, fx.Node) and value is not None and value.dtype in SIXTEEN_BITS:
         return source
     return root
 
@@ -226,6 +227,3 @@ def _replace(graph: fx.Graph, form: _Form, made: fx.Node, calls: Sequence[fx.Nod
             part.replace_all_uses_with((elements, scales, whole)[index])
             graph.erase_node(part)
         graph.erase_node(call)
-
-
-_WIDENED = (torch.bfloat16, torch.float16)

@@ -91,9 +91,10 @@ def with_sizes_read(joint: JointGraph) -> JointGraph:
 
 def _source_of(size: fx.Node, tensors: Sequence[fx.Node]) -> tuple[fx.Node, int]:
     wanted = size.meta.get("val")
+    expression = wanted.node.expr if isinstance(wanted, torch.SymInt) else None
     for node in tensors:
         for dimension, found in enumerate(node.meta["val"].shape):
-            if isinstance(found, torch.SymInt) and found.node.expr == wanted.node.expr:  # type: ignore[union-attr]
+            if isinstance(found, torch.SymInt) and found.node.expr == expression:
                 return node, dimension
     raise ExportError(f"input {size.name} is no tensor and no size of one: make it a tensor")
 

@@ -84,7 +84,8 @@ def _refuse_inexpressible(node: fx.Node) -> None:
             "site's format, or make a plan for a target without it"
         )
     assert value is not None
-    length = value.shape[axis[0]] if fmt.block and axis else 0  # type: ignore[index]
+    summed = axis[0] if axis else None
+    length = value.shape[summed] if fmt.block and isinstance(summed, int) else 0
     if isinstance(length, torch.SymInt) or (length and length % fmt.block):
         said = "an open dimension" if isinstance(length, torch.SymInt) else f"{length} elements"
         raise ExportError(

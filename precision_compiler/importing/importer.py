@@ -159,8 +159,10 @@ class _Builder:
     ) -> Any:
         if place in row.static:
             if not known[place]:
+                given = node.inputs[place]
+                name = given.name if given is not None else f"number {place}"
                 raise OnnxImportError(
-                    f"{_label(node)}: its input {node.inputs[place].name} decides shapes and "  # type: ignore[union-attr]
+                    f"{_label(node)}: its input {name} decides shapes and "
                     "depends on data, which is not supported: export with fixed shapes"
                 )
             return value.tolist()

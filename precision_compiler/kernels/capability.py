@@ -11,7 +11,7 @@ from precision_compiler.kernels import (
     scaled_gemm,
 )
 from precision_compiler.kernels.contract import Kernel
-from precision_compiler.kernels.targets import ARCHITECTURES, Architecture, reason_against
+from precision_compiler.kernels.targets import Architecture, known_architecture, reason_against
 from precision_compiler.target import Target
 
 KERNELS: tuple[Kernel, ...] = (
@@ -54,7 +54,7 @@ def supports(architecture: str, kernel: str, format: str) -> Support:
         raise TargetError(f"there is no kernel {kernel!r}: choose one of {', '.join(found)}")
     if format not in found[kernel].formats:
         return Support(f"{kernel} is not written for {format}")
-    machine = next((row for row in ARCHITECTURES if row.name == architecture), None)
+    machine = known_architecture(architecture)
     if machine is None:
         return Support(f"kernels are not proved for {architecture}")
     return Support(reason_against(machine, format, found[kernel].matrix))
@@ -62,4 +62,4 @@ def supports(architecture: str, kernel: str, format: str) -> Support:
 
 def architecture_of(target: Target) -> Architecture | None:
     """The architecture of a target, or None where no kernel was compiled for it."""
-    return next((row for row in ARCHITECTURES if row.name == target.architecture), None)
+    return known_architecture(target.architecture)

@@ -9,11 +9,11 @@ import torch
 from torch._library.custom_ops import CustomOpDef
 
 from precision_compiler.errors import ToolchainError
+from precision_compiler.gpu import this_architecture
 from precision_compiler.kernels.capability import KERNELS, supports
 from precision_compiler.kernels.compare import NARROW, mismatches
 from precision_compiler.kernels.contract import Kernel
 from precision_compiler.kernels.language import require_triton
-from precision_compiler.kernels.targets import this_architecture
 
 REPEATS = 20
 CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

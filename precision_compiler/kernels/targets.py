@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from precision_compiler.errors import TargetError
 
 
@@ -131,19 +129,16 @@ def architecture_named(name: str) -> Architecture:
     Raises:
         TargetError: no kernel was ever compiled for it; the message lists those there are.
     """
-    found = {row.name: row for row in ARCHITECTURES}
-    if name not in found:
-        raise TargetError(f"kernels are not proved for {name!r}: choose one of {', '.join(found)}")
-    return found[name]
+    found = known_architecture(name)
+    if found is None:
+        known = ", ".join(row.name for row in ARCHITECTURES)
+        raise TargetError(f"kernels are not proved for {name!r}: choose one of {known}")
+    return found
 
 
-def this_architecture() -> str:
-    """The architecture of the GPU at hand, such as "sm_90" or "gfx942"."""
-    if torch.version.hip:
-        name: str = torch.cuda.get_device_properties(0).gcnArchName
-        return name.split(":")[0]
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"
+def known_architecture(name: str) -> Architecture | None:
+    """The architecture called ``name``, or None where no kernel was compiled for it."""
+    return next((row for row in ARCHITECTURES if row.name == name), None)
 
 
 def reason_against(architecture: Architecture, format: str, matrix: bool) -> str:

@@ -30,6 +30,8 @@ _BLOCK_FORMATS: Mapping[tuple[torch.dtype, torch.dtype], str] = MappingProxyType
     }
 )
 """Block formats by the dtypes of elements and scales."""
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+"""What products give at once beside float32, and what FlashAttention takes."""
 
 
 @dataclass(frozen=True)

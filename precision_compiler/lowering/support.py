@@ -3,18 +3,16 @@
 import torch
 from torch import fx
 
-from precision_compiler.errors import TargetError
 from precision_compiler.formats import CHOICES
-from precision_compiler.graph import aten, is_matrix_product
+from precision_compiler.gpu import this_architecture
+from precision_compiler.graph import has_open_sizes, is_matrix_product, shape_of
 from precision_compiler.kernels.targets import (
     ARCHITECTURES,
-    architecture_named,
+    known_architecture,
     reason_against,
-    this_architecture,
 )
+from precision_compiler.sites import operand_nodes
 from precision_compiler.target import Target
-
-_TWO_MATRICES = (aten.mm.default, aten.addmm.default)
 
 
 def reason_against_product(node: fx.Node, fmt: str, architecture: str) -> str:
@@ -25,19 +23,23 @@ def reason_against_product(node: fx.Node, fmt: str, architecture: str) -> str:
         fmt: of its operands.
         architecture: such as "sm_90"; one that is not in the kernels' table is taken at its word.
     """
+    if fmt != "tf32" and not CHOICES[fmt].scaled:
+        return ""
     if fmt == "tf32" and not is_matrix_product(node):
         return "tf32 can be asked for of products of matrices alone"
-    if not CHOICES[fmt].scaled:
+    if any(factor != 1 for factor in node.kwargs.values()):
+        return "it multiplies its sum or its addend by a number of its own"
+    if fmt == "tf32":
         return ""
-    if node.target not in _TWO_MATRICES:
+    operands = operand_nodes(node)
+    if not is_matrix_product(node) or any(len(shape_of(one)) != 2 for one in operands):
         return "scales are for products of two matrices, not attention, batches or convolutions"
     if not any(fmt in machine.matrix for machine in ARCHITECTURES):
         return f"no kernel multiplies {fmt}: neither torch nor Triton has its products"
-    try:
-        machine = architecture_named(architecture)
-    except TargetError:
-        return ""
-    return reason_against(machine, fmt, matrix=True)
+    if any(map(has_open_sizes, operands)):
+        return "its sizes are open, and operands are laid out for one size"
+    machine = known_architecture(architecture)
+    return "" if machine is None else reason_against(machine, fmt, matrix=True)
 
 
 def architecture_for(target: str) -> str:

@@ -124,14 +124,14 @@ def bf16_plan() -> Plan:
 
 @pytest.fixture(scope="module")
 def fp8_plan() -> Plan:
-    return precision_compiler.make_plan(fresh(Attentive), sequences(0), target=FP8, budget=0.1)
+    return precision_compiler.make_plan(fresh(Attentive), sequences(0), target=FP8, budget=0.3)
 
 
 @pytest.fixture(params=["bf16", "e4m3"])
 def plan(request: pytest.FixtureRequest, bf16_plan: Plan, fp8_plan: Plan) -> Plan:
     found = bf16_plan if request.param == "bf16" else fp8_plan
     contractions = [c.format for c in found.sites.values() if c.kind == "contraction"]
-    assert contractions.count(request.param) >= 3  # attention has no e4m3
+    assert contractions.count(request.param) > 3
     return found
 
 
