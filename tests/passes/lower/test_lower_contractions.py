@@ -146,7 +146,12 @@ def test_on_the_cpu_nothing_is_lowered() -> None:
 
 @pytest.mark.parametrize(
     ("fmt", "architecture", "kernel"),
-    [("e5m2", "sm_90", SCALED_GEMM), ("mxfp8", "gfx950", BLOCK_GEMM), ("e4m3", "", SCALED_MM)],
+    [
+        ("e5m2", "sm_90", SCALED_GEMM),
+        ("e5m2fnuz", "gfx942", SCALED_GEMM),
+        ("mxfp8", "gfx950", BLOCK_GEMM),
+        ("e4m3", "", SCALED_MM),
+    ],
 )
 def test_kernel_of_a_format(fmt: str, architecture: str, kernel: object) -> None:
     unit = lowered(f"{HEAD} | a = mm x w | return a", {"a": fmt}, architecture)
