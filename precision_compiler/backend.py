@@ -60,7 +60,9 @@ class _Rewrite(CustomGraphPass):
 
 @cache
 def _source_hash() -> str:
-    files = sorted(Path(__file__).parent.rglob("*.py"))
+    here = Path(__file__).parent
+    passes = (here / "passes").resolve()  # a link in a checkout, which rglob does not follow
+    files = sorted({*here.rglob("*.py"), *passes.rglob("*.py")})
     return hashlib.sha256(get_hash_for_files(tuple(map(str, files)))).hexdigest()
 
 

@@ -152,6 +152,11 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--learning-rate", type=float, metavar="LR",
         help="of the training: warns of updates that narrow weights would lose",
     )  # fmt: skip
+    parser.add_argument(
+        "--rehearse", type=int, default=0, metavar="N",
+        help="plan for the model as it is after N steps of AdamW in float32, on copies of its "
+        "weights (default: %(default)s; 50 for a model that starts from random weights)",
+    )  # fmt: skip
     add_overrides(parser)
     parser.add_argument(
         "--sibling", type=Path, metavar="PLAN",
@@ -266,6 +271,7 @@ def _plan(options: argparse.Namespace) -> None:
             calibration=others,
             held_out=held_out,
             learning_rate=options.learning_rate,
+            rehearsal=options.rehearse,
             activation_memory=options.activation_memory,
             sibling=None if options.sibling is None else load_plan(options.sibling),
             overrides=overrides_of(options),

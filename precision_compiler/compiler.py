@@ -26,6 +26,7 @@ from precision_compiler.pipeline import Pass, Pipeline, Progress, Unit, silent
 from precision_compiler.plan import Plan
 from precision_compiler.problem import judged
 from precision_compiler.record import frontier_of_unit, plan_of_unit
+from precision_compiler.rehearsal import rehearse
 from precision_compiler.sites import Site, find_sites, fingerprint
 from precision_compiler.sizes import bytes_of
 from precision_compiler.sweep import frontier
@@ -43,6 +44,7 @@ def make_plan(
     calibration: Iterable[Any] = (),
     held_out: Any = None,
     learning_rate: float | None = None,
+    rehearsal: int = 0,
     memory: float | None = None,
     activation_memory: float | str | None = None,
     sibling: Plan | None = None,
@@ -66,6 +68,10 @@ def make_plan(
         calibration: further batches; what is measured on them is averaged.
         held_out: a batch to verify the plan on; without it, it is verified on ``batch``.
         learning_rate: of the training, to tell what narrow weights would lose.
+        rehearsal: steps of AdamW in float32, on copies of the weights and the batches given,
+            before errors are measured: a plan for the model as it is then. Gradients of a model's
+            first steps are unlike all later ones; 50 is a good number for one that starts from
+            random weights.
         memory: bytes the analysis may take beside the values of the graph; half of what is free
             if not given.
         activation_memory: largest number of bytes that a step may keep from its forward to its
@@ -81,12 +87,15 @@ def make_plan(
     """
     say = progress or silent
     captured, machine, wanted = _opened(model, batch, loss, target, budget, say)
+    known = [captured, *map(captured.on, calibration)]
+    unseen = [] if held_out is None else [captured.on(held_out)]
+    captured, *further = rehearse(known, unseen, rehearsal, learning_rate, say)
     decision = decide(
         captured,
         machine,
         wanted,
-        calibration=tuple(map(captured.on, calibration)),
-        held_out=None if held_out is None else captured.on(held_out),
+        calibration=tuple(further[: len(known) - 1]),
+        held_out=further[-1] if unseen else None,
         learning_rate=learning_rate,
         memory=memory,
         most_bytes=inf if activation_memory is None else bytes_of(activation_memory),

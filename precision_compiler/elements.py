@@ -31,6 +31,8 @@ class Format:
         signed: False for a format of positive numbers alone, which has no zero either.
         block: elements along the summed axis that share a scale, in formats whose blocks have
             one.
+        by_axis: whether scales, and so the rounded numbers, depend on the axis that a product
+            sums over: those of blocks and rows.
         scale_bits: an element's share of the storage of block scales, in bits.
     """
 
@@ -46,6 +48,7 @@ class Format:
     has_negative_zero: bool = True
     signed: bool = True
     block: int = 0
+    by_axis: bool = False
     scale_bits: float = 0.0
 
     @property

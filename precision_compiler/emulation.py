@@ -5,31 +5,45 @@ stores them. Scales are powers of two taken from each tensor's own largest magni
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from precision_compiler import attention
 from precision_compiler.formats import choice_named, quantised
+from precision_compiler.scaling import Content
 
 aten = torch.ops.aten
 
 
 @torch.library.custom_op("precision_compiler::quantise", mutates_args=())
-def quantise(x: torch.Tensor, name: str, axis: int = -1, amax: float | None = None) -> torch.Tensor:
+def quantise(
+    x: torch.Tensor,
+    name: str,
+    axis: int = -1,
+    amax: float | None = None,
+    content: str = "activation",
+) -> torch.Tensor:
     """Round a tensor to a format and return it in its own dtype.
 
     A scaled format is scaled by the power of two that brings the tensor's amax just below the
     format's largest number; the scale is taken out again, both exactly. With ``amax`` given, the
-    scale is the one for that and what it leaves out of range saturates. Blocks of a block format
-    lie along ``axis``, the one that a product sums over.
+    scale is the one for that and what it leaves out of range saturates. Rows and blocks that share
+    a scale lie along ``axis``, the one that a product sums over. Recipes ask what the operand is
+    (``scaling.Content``); stochastic rounding draws from torch's own generator.
     """
-    made = quantised(x, choice_named(name), amax, axis)
+    made = quantised(x, choice_named(name), amax, axis, cast(Content, content))
     return made.clone() if made is x else made  # an operation of its own returns a new tensor
 
 
 @quantise.register_fake
-def _(x: torch.Tensor, name: str, axis: int = -1, amax: float | None = None) -> torch.Tensor:
+def _(
+    x: torch.Tensor,
+    name: str,
+    axis: int = -1,
+    amax: float | None = None,
+    content: str = "activation",
+) -> torch.Tensor:
     return torch.empty_like(x)
 
 

@@ -11,6 +11,7 @@ _WHO = {
     "tensor": "whole tensor",
     "row": "all elements along the summed axis",
 }
+_NAMES = {scaling: name for name, scaling in SCALINGS.items()}
 _WHICH = {
     "power_of_two": "power of two",
     "fp32": "amax / largest, float32",
@@ -21,7 +22,12 @@ _WHICH = {
 
 def updated(page: str) -> str:
     """The page with the table after each ``<!-- name table -->`` line written anew."""
-    tables = {"element": element_table, "scaling": scaling_table, "scaled": scaled_table}
+    tables = {
+        "element": element_table,
+        "scaling": scaling_table,
+        "scaled": scaled_table,
+        "recipe": recipe_table,
+    }
     for name, table in tables.items():
         before, mark, after = page.partition(f"<!-- {name} table -->\n")
         page = before + mark + table() + after[after.index("\n\n") :]
@@ -37,17 +43,29 @@ def element_table() -> str:
 
 def scaled_table() -> str:
     """One row of Markdown per block format: elements, who shares a scale, which, storage."""
-    head = ("format", "elements", "scaling", "of weights, as an option", "bits per element")
-    names = {scaling: name for name, scaling in SCALINGS.items()}
+    rows = [
+        (row.name, row.element.name, _NAMES[row.scaling], f"{row.bits:g}")
+        for row in SCALED_FORMATS.values()
+        if not row.base
+    ]
+    return _table(("format", "elements", "scaling", "bits per element"), rows)
+
+
+def recipe_table() -> str:
+    """One row of Markdown per recipe: whose products, and how their operands are made."""
+    head = ("recipe", "products of", "scaling", "of weights", "gradients", "rotated", "roles")
     rows = [
         (
             row.name,
-            row.element.name,
-            names[row.scaling],
-            names[row.weight_scaling] if row.weight_scaling else "",
-            f"{row.bits:g}",
+            row.base,
+            _NAMES[row.scaling],
+            _NAMES[row.weight_scaling] if row.weight_scaling else "the same",
+            row.gradients,
+            "yes" if row.rotated else "no",
+            ", ".join(row.roles) or "all",
         )
         for row in SCALED_FORMATS.values()
+        if row.base
     ]
     return _table(head, rows)
 

@@ -11,8 +11,8 @@ import torch
 from precision_compiler.elements import E8M0, FORMATS, Format, format_named, format_of_dtype
 from precision_compiler.errors import FormatError
 from precision_compiler.rounding import power_of_two, round_stochastically, round_to, ulp
-from precision_compiler.scaled import rounded
-from precision_compiler.scaling import SCALED_FORMATS
+from precision_compiler.scaled import rounded_operand
+from precision_compiler.scaling import SCALED_FORMATS, Content
 
 __all__ = [
     "CHOICES",
@@ -44,6 +44,7 @@ CHOICES: Mapping[str, Format] = MappingProxyType(
             dtype=None,
             scaled=True,
             block=row.scaling.size,
+            by_axis=True,
             scale_bits=row.scaling.bits,
         )
         for name, row in SCALED_FORMATS.items()
@@ -87,7 +88,12 @@ def choice_named(name: str) -> Format:
 
 
 def quantised(
-    x: torch.Tensor, fmt: Format, amax: float | None = None, axis: int = -1
+    x: torch.Tensor,
+    fmt: Format,
+    amax: float | None = None,
+    axis: int = -1,
+    content: Content = "activation",
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Round a float32 tensor to a format under the scale that its largest magnitude asks for.
 
@@ -96,11 +102,12 @@ def quantised(
         fmt: a scaled format takes ``2**scale_exponent``; both scaling and unscaling are exact.
             In a block format every block has a scale of its own.
         amax: largest magnitude of the whole tensor, if ``x`` is a part of it.
-        axis: along which the blocks of a block format lie.
+        axis: along which the rows or blocks of a format with such scales lie.
+        content: what the tensor is, for recipes.
+        generator: of random numbers, where gradients are rounded stochastically; None: torch's.
     """
-    if fmt.block:
-        row = SCALED_FORMATS[fmt.name]
-        return rounded(x, row.element, row.scaling, axis)
+    if fmt.by_axis:
+        return rounded_operand(x, SCALED_FORMATS[fmt.name], axis, content, generator)
     if not fmt.scaled:
         return round_to(x, fmt)
     exponent = scale_exponent(largest_magnitude(x) if amax is None else amax, fmt)

@@ -7,8 +7,7 @@ from types import MappingProxyType
 from precision_compiler.formats import CHOICES
 
 GEMM_BYTES: Mapping[str, float] = MappingProxyType(
-    {name: row.bytes for name, row in CHOICES.items()}
-    | {"mxfp8": 1.0, "mxfp6": 0.75, "mxfp4": 0.5, "nvfp4": 0.5, "int8": 1.0}
+    {name: row.bits / 8 for name, row in CHOICES.items()} | {"int8": 1.0}
 )
 """Bytes of one element, scales of blocks not counted (OCP Microscaling v1.0; NVIDIA NVFP4)."""
 

@@ -1,6 +1,7 @@
 """The random Hadamard transform that spreads outliers before a tensor is rounded to 4 bits."""
 
 from math import sqrt
+from random import Random
 
 import torch
 
@@ -30,33 +31,45 @@ def hadamard(x: torch.Tensor, axis: int = -1, *, seed: int, size: int = SIZE) ->
     Raises:
         FormatError: tiles do not fit the axis, or the size is no power of two.
     """
-    return _multiplied(x, _matrix(seed, size, x), axis)
+    tiles = _tiles(x, axis, size)
+    return _put_back(_transformed(tiles * _signs(seed, size, x)), x, axis)
 
 
 def inverse_hadamard(
     x: torch.Tensor, axis: int = -1, *, seed: int, size: int = SIZE
 ) -> torch.Tensor:
     """Undo ``hadamard`` of the same axis, seed and size, up to rounding in ``x``'s dtype."""
-    return _multiplied(x, _matrix(seed, size, x).T, axis)
+    tiles = _tiles(x, axis, size)
+    return _put_back(_transformed(tiles) * _signs(seed, size, x), x, axis)
 
 
-def _matrix(seed: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    """``diag(signs) H / sqrt(size)``; its inverse is its transpose."""
+def _signs(seed: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """Signs from the bits of a random number: operations that a graph can hold, no constant."""
+    bits = Random(seed).getrandbits(size)
+    places = torch.arange(size, device=like.device)
+    return 1 - 2 * ((bits >> places) & 1).to(like.dtype)
+
+
+def _transformed(tiles: torch.Tensor) -> torch.Tensor:
+    """The last axis times ``H / sqrt(size)``, as sums and differences of halves."""
+    shape, size = tiles.shape, tiles.shape[-1]
+    half = size // 2
+    while half:
+        first, second = tiles.reshape(*shape[:-1], -1, 2, half).unbind(-2)
+        tiles = torch.stack((first + second, first - second), -2)
+        half //= 2
+    return tiles.reshape(shape) / sqrt(size)
+
+
+def _tiles(x: torch.Tensor, axis: int, size: int) -> torch.Tensor:
     if size < 1 or size & (size - 1):
         raise FormatError(f"a Hadamard matrix of size {size}: choose a power of two")
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (size, 1), generator=generator) * 2 - 1
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < size:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return (signs * matrix).to(like) / sqrt(size)
-
-
-def _multiplied(x: torch.Tensor, matrix: torch.Tensor, axis: int) -> torch.Tensor:
-    size = matrix.shape[0]
     if x.shape[axis] % size:
         raise FormatError(f"tiles of {size} do not divide axis {axis} of shape {tuple(x.shape)}")
     last = x.movedim(axis, -1)
-    tiles = last.reshape(*last.shape[:-1], -1, size) @ matrix
-    made: torch.Tensor = tiles.reshape(last.shape).movedim(-1, axis)
-    return made.contiguous()
+    return last.reshape(*last.shape[:-1], -1, size)
+
+
+def _put_back(tiles: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
+    made: torch.Tensor = tiles.reshape(x.movedim(axis, -1).shape).movedim(-1, axis)
+    return made.clone(memory_format=torch.contiguous_format)

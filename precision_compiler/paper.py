@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from precision_compiler.formats import CHOICES, Format, relative_variance
 from precision_compiler.plan import Plan, SiteChoice
+from precision_compiler.scaling import SCALED_FORMATS, hardware_format
 from precision_compiler.sites import Site
 from precision_compiler.statistics import Sensitivity, unweighted
 
@@ -94,7 +95,9 @@ def lend(sites: Sequence[Site], formats: Iterable[str], sibling: Plan | None) ->
        site borrows from the sibling's site of the same pattern at the same relative depth.
     2. A gradient's squared norm is spread over the layers, and so is what rounding adds to it:
        variances are divided by how many times deeper the stack is here.
-    3. What the sibling lacks gets the closed form: each of a contraction's two operands, or a
+    3. A recipe that the sibling's plan did not know errs as its format does, more so where
+       gradients are rounded stochastically.
+    4. What the sibling lacks gets the closed form: each of a contraction's two operands, or a
        stored tensor, errs as numbers of all sizes do (``relative_variance``), and that reaches the
        layer's own share of the gradient undiminished.
     """
@@ -110,24 +113,32 @@ def lend(sites: Sequence[Site], formats: Iterable[str], sibling: Plan | None) ->
             continue
         lender = lenders[_same_depth(depth[site.name], len(stack), len(lenders))]
         share = len(lenders) / len(stack)
-        found[site.name] = _from_site(lender, sibling.sites[lender], share)
+        found[site.name] = _from_site(lender, sibling.sites[lender], share, formats)
     return found
 
 
 def _from_formats(site: Site, formats: Iterable[str], layers: int) -> Loan:
     operands = 2 if site.kind == "contraction" else 1
     variances = {
-        name: operands * relative_variance(CHOICES[name]) / layers
+        name: operands * relative_variance(CHOICES[name]) * _growth(name) / layers
         for name in formats
         if name != "fp32"
     }
     return Loan(variances, {}, None)
 
 
-def _from_site(name: str, choice: SiteChoice, share: float) -> Loan:
+def _growth(name: str) -> float:
+    """Variance of a recipe over its format's: twice as large for one of two operands."""
+    row = SCALED_FORMATS.get(name)
+    return 1.5 if row is not None and row.gradients == "stochastic" else 1.0
+
+
+def _from_site(name: str, choice: SiteChoice, share: float, formats: Iterable[str]) -> Loan:
     options = choice.options.items()
+    known = {fmt: option.error**2 * share for fmt, option in options}
+    recipes = (fmt for fmt in formats if fmt not in known and hardware_format(fmt) in known)
     return Loan(
-        {fmt: option.error**2 * share for fmt, option in options},
+        known | {fmt: known[hardware_format(fmt)] * _growth(fmt) for fmt in recipes},
         {fmt: option.veto for fmt, option in options if option.veto is not None},
         name,
     )

@@ -175,7 +175,7 @@ class Unit:
 
     def formats_for(self, kind: str) -> tuple[str, ...]:
         """Formats to consider for a kind of site on this target."""
-        known = self.target.formats
+        known = self.target.choices
         if kind == "contraction":
             return tuple(known)
         return tuple(name for name in known if fixes_result(name))

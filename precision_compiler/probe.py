@@ -39,6 +39,8 @@ from precision_compiler.observation import (
     sampled,
 )
 from precision_compiler.replay import execute
+from precision_compiler.scaling import reason_against_recipe
+from precision_compiler.sites import provenance_of
 from precision_compiler.statistics import (
     METRICS,
     Accumulated,
@@ -102,6 +104,7 @@ class Probe:
         links: Links,
         formats: Sequence[Format],
         accumulators: Mapping[str, Accumulator] | None = None,
+        parameters: frozenset[str] = frozenset(),
     ) -> None:
         """Prepare the hooks.
 
@@ -110,10 +113,12 @@ class Probe:
             links: its sites and how they touch.
             formats: formats that tensors are really rounded to.
             accumulators: formats whose contractions the target does not add up in float32.
+            parameters: names of the placeholders that are parameters.
         """
-        self.formats = [fmt for fmt in formats if not fmt.block]
+        self._links, self._provenance = links, provenance_of(graph, parameters)
+        self.formats = [fmt for fmt in formats if not fmt.by_axis]
         self.metric = 0
-        self._blocks = [fmt for fmt in formats if fmt.block]
+        self._blocks = [fmt for fmt in formats if fmt.by_axis]
         self._block_errors: dict[Edge, dict[str, torch.Tensor]] = {}
         self._accumulators = accumulators or {}
         self._summed: dict[fx.Node, _Summed] = {}
@@ -243,7 +248,7 @@ class Probe:
     def _in_blocks(
         self, node: fx.Node, index: int, chain: Sequence[fx.Node], values: Values
     ) -> dict[str, torch.Tensor]:
-        """Errors of rounding an operand in blocks along the sum, where its root is sampled."""
+        """Errors of rounding an operand with scales along the sum, where its root is sampled."""
         rule, (root, *views) = contraction_rule(node), chain
         if not self._blocks or rule is None or index not in rule.operands:
             return {}
@@ -251,8 +256,13 @@ class Probe:
             leaf = values(root).detach().requires_grad_()
             operand = _shown(leaf, root, views, values)
         still, axis, found = operand.detach(), -1 if index == rule.operands[0] else -2, {}
+        role = self._links.contractions[self._sites[node]].role
+        content = self._provenance.content(root)
         for fmt in self._blocks:
-            error = quantised(still, fmt, axis=axis) - still
+            if reason_against_recipe(fmt.name, role, still.shape[axis]):
+                continue
+            dice = torch.Generator(still.device).manual_seed(len(self._block_errors))
+            error = quantised(still, fmt, None, axis, content, dice) - still
             # The derivative of a view puts its elements back where they lie in the root.
             (moved,) = torch.autograd.grad(operand, leaf, error, retain_graph=True)
             found[fmt.name] = sampled(moved).clone()

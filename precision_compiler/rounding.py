@@ -100,7 +100,7 @@ def _round_to_power(x: torch.Tensor, fmt: Format, saturate: bool) -> torch.Tenso
 
 
 def round_stochastically(
-    x: torch.Tensor, fmt: Format, generator: torch.Generator | None
+    x: torch.Tensor, fmt: Format, generator: torch.Generator | None = None
 ) -> torch.Tensor:
     """Round float32 numbers to one of their two neighbours, at random and without bias.
 
@@ -111,13 +111,12 @@ def round_stochastically(
     Args:
         x: numbers of any shape, float32.
         fmt: a signed format.
-        generator: the source of randomness: one number per element, in the order of ``x``.
+        generator: the source of randomness: one number per element, in the order of ``x``;
+            None: torch's own, which ``torch.manual_seed`` seeds.
 
     Raises:
-        FormatError: no generator was given, ``x`` is not float32, or the format has no sign.
+        FormatError: ``x`` is not float32, or the format has no sign.
     """
-    if generator is None:
-        raise FormatError("stochastic rounding needs a torch.Generator: results depend on its seed")
     if x.dtype != torch.float32 or not fmt.signed:
         raise FormatError(f"stochastic rounding to {fmt.name} takes float32 and a signed format")
     within = x.clamp(-fmt.max_finite, fmt.max_finite)

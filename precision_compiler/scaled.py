@@ -1,18 +1,20 @@
 """Rounding of tensors whose elements share scales: per tensor, row or block."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from precision_compiler.elements import Format
 from precision_compiler.errors import FormatError
+from precision_compiler.hadamard import hadamard, inverse_hadamard
 from precision_compiler.rounding import round_in_place, round_stochastically, round_to
 from precision_compiler.scales import Scales, scales_of
-from precision_compiler.scaling import Scaling
+from precision_compiler.scaling import ROTATED, Content, Rounding, ScaledFormat, Scaling
 
-Rounding = Literal["nearest", "stochastic"]
 _LARGE = 2.0**64
+
+ROTATION = 0
+"""Seed of the signs of rotated operands: one for all, or products of two would not agree."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,11 @@ class _Cut:
             if blocks.shape[axis] != self.shape[axis]:
                 blocks = blocks.narrow(axis, 0, self.shape[axis])
         wanted = torch.empty_like(like, device="meta").stride()
-        return blocks if blocks.stride() == wanted else torch.empty_like(like).copy_(blocks)
+        if blocks.stride() == wanted:
+            return blocks
+        if like.is_contiguous():  # a graph of tensors without contents has no copy_
+            return blocks.clone(memory_format=torch.contiguous_format)
+        return torch.empty_like(like).copy_(blocks)
 
 
 def quantise(
@@ -89,11 +95,11 @@ def quantise(
         axis: the axis that a product with this tensor sums over; blocks and rows lie along it.
         rounding: of elements (scales are rounded as ``scaling`` says): to nearest with ties to
             even, or at random and without bias.
-        generator: source of randomness, needed for stochastic rounding.
+        generator: source of randomness of stochastic rounding; None: torch's own.
 
     Raises:
         FormatError: ``x`` is not float32, has no such axis or, for blocks of two dimensions,
-            has no two last dimensions with ``axis`` among them; or there is no generator.
+            has no two last dimensions with ``axis`` among them.
     """
     cut = _cut_of(x, scaling, axis)
     if not x.numel():
@@ -136,6 +142,52 @@ def rounded(
     scales = _scales(blocks, fmt, scaling, cut)
     made = _elements(blocks, scales, fmt, rounding, generator).mul_(scales.decode)
     return cut.join(made, x)
+
+
+def rounded_operand(
+    x: torch.Tensor,
+    how: ScaledFormat,
+    axis: int,
+    content: Content,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """What a recipe makes of an operand of a product, float32.
+
+    A rotated operand is rotated back: the product of two operands that both are rotated is the
+    same up to the order of its sums.
+
+    Args:
+        x: float32, any shape.
+        how: format or recipe.
+        axis: that the product sums over.
+        content: what the operand is.
+        generator: source of randomness of stochastic rounding; None: torch's own.
+    """
+    made = rounded(
+        _turned(x, how, axis), how.element, how.scaling_of(content), axis,
+        rounding=_rounding(how, content), generator=generator,
+    )  # fmt: skip
+    return inverse_hadamard(made, axis, seed=ROTATION, size=ROTATED) if how.rotated else made
+
+
+def quantised_operand(x: torch.Tensor, how: ScaledFormat, content: Content) -> Quantised:
+    """An operand as a recipe stores it, rotated ones rotated; the product sums over its last axis.
+
+    Args:
+        x: float32, any shape.
+        how: format or recipe.
+        content: what the operand is.
+    """
+    scaling, rounding = how.scaling_of(content), _rounding(how, content)
+    return quantise(_turned(x, how, -1), how.element, scaling, rounding=rounding)
+
+
+def _turned(x: torch.Tensor, how: ScaledFormat, axis: int) -> torch.Tensor:
+    return hadamard(x, axis, seed=ROTATION, size=ROTATED) if how.rotated else x
+
+
+def _rounding(how: ScaledFormat, content: Content) -> Rounding:
+    return how.gradients if content == "gradient" else "nearest"
 
 
 def _cut_of(x: torch.Tensor, scaling: Scaling, axis: int) -> _Cut:

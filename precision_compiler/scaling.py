@@ -90,21 +90,44 @@ SCALINGS: Mapping[str, Scaling] = MappingProxyType(
 """The scalings in use, by name."""
 
 
+Rounding = Literal["nearest", "stochastic"]
+Content = Literal["weight", "activation", "gradient"]
+"""What an operand of a product is: recipes treat them differently."""
+
+
 @dataclass(frozen=True)
 class ScaledFormat:
     """A format of whole tensors: elements of one format under one scaling.
+
+    Recipes are further ways to make operands for the matrix instructions of a format: other
+    scales, stochastic rounding of gradients, operands that are rotated before they are rounded.
 
     Attributes:
         name: the word for it in plans and targets.
         element: format of the elements.
         scaling: which of them share a scale, and which scale.
-        weight_scaling: scaling of weights where it differs, as an option.
+        weight_scaling: scaling of weights where it differs.
+        base: of a recipe, the format whose instructions multiply it; "" for a format itself.
+        gradients: rounding of operands that depend on the loss's gradient; all others are
+            rounded to nearest.
+        rotated: whether both operands are multiplied by a Hadamard matrix along the summed axis.
+        roles: of the products that the recipe is for; all of them if empty.
     """
 
     name: str
     element: Format
     scaling: Scaling
     weight_scaling: Scaling | None = None
+    base: str = ""
+    gradients: Rounding = "nearest"
+    rotated: bool = False
+    roles: tuple[str, ...] = ()
+
+    def scaling_of(self, content: Content) -> Scaling:
+        """Scaling of an operand."""
+        if content == "weight" and self.weight_scaling is not None:
+            return self.weight_scaling
+        return self.scaling
 
     @property
     def bits(self) -> float:
@@ -123,15 +146,71 @@ _ROWS = (
     ScaledFormat("mxfp6", FORMATS["e2m3"], MX),
     ScaledFormat("mxfp6e3m2", FORMATS["e3m2"], MX),
     ScaledFormat("mxfp4", FORMATS["e2m1"], MX),
-    ScaledFormat("nvfp4", FORMATS["e2m1"], NVFP4, NVFP4_2D),
+    ScaledFormat("nvfp4", FORMATS["e2m1"], NVFP4),
+    # torchao's and FBGEMM's rowwise fp8; DeepSeek-V3's blocks; NVIDIA's NVFP4 pretraining
+    ScaledFormat("e4m3_row", FORMATS["e4m3"], ROW_FP32, base="e4m3"),
+    ScaledFormat("e4m3_1x128", FORMATS["e4m3"], BLOCK_1X128_FP32, BLOCK_128X128_FP32, "e4m3"),
+    ScaledFormat(
+        "nvfp4_2d",
+        FORMATS["e2m1"],
+        NVFP4,
+        NVFP4_2D,
+        "nvfp4",
+        "stochastic",
+        roles=("fprop", "dgrad"),
+    ),
+    ScaledFormat(
+        "nvfp4_sr", FORMATS["e2m1"], NVFP4, None, "nvfp4", "stochastic", roles=("dgrad", "wgrad")
+    ),
+    ScaledFormat(
+        "nvfp4_rht", FORMATS["e2m1"], NVFP4, None, "nvfp4", "stochastic", True, ("wgrad",)
+    ),
 )
 
 SCALED_FORMATS: Mapping[str, ScaledFormat] = MappingProxyType({row.name: row for row in _ROWS})
-"""Every block format by name, widest first."""
+"""Every format with scales of rows or blocks, and every recipe, by name."""
+
+ROTATED = 16
+"""Elements along the summed axis that a rotation mixes."""
+
+RECIPES = tuple(row.name for row in _ROWS if row.base)
+"""Those that are further ways to use the instructions of a format."""
+
+
+def hardware_format(name: str) -> str:
+    """The format whose matrix instructions a format or recipe uses."""
+    row = SCALED_FORMATS.get(name)
+    return row.base if row is not None and row.base else name
+
+
+def is_stochastic(name: str) -> bool:
+    """Whether a format or recipe rounds gradients stochastically."""
+    row = SCALED_FORMATS.get(name)
+    return row is not None and row.gradients == "stochastic"
+
+
+def reason_against_recipe(name: str, role: str, length: int) -> str:
+    """Why a format or recipe is not for a product; empty if it is.
+
+    Args:
+        name: of the format or recipe.
+        role: of the product.
+        length: of its sum.
+    """
+    row = SCALED_FORMATS.get(name)
+    if row is None:
+        return ""
+    if row.roles and role not in row.roles:
+        return f"{name} is a recipe for {' and '.join(row.roles)}"
+    if row.rotated and length % ROTATED:
+        return f"the sum over {length} elements does not divide into tiles of {ROTATED}"
+    if row.base and row.scaling.scale == "fp32" and 0 < length <= row.scaling.size:
+        return "one block is the whole row, which has a recipe of its own"
+    return ""
 
 
 def scaled_format_named(name: str) -> ScaledFormat:
-    """Return the block format called ``name``, or the format of that name under its usual scaling.
+    """Return the format or recipe called ``name``, or an element format under its usual scaling.
 
     Formats that need a scale are scaled per tensor by a power of two, the others not at all.
 

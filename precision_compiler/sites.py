@@ -37,6 +37,7 @@ from precision_compiler.graph import (
     with_movement,
 )
 from precision_compiler.origin import origin_of
+from precision_compiler.scaling import Content
 
 MATERIALISED_ELEMENTS = 1024
 """Tensors smaller than this stay as they are: their traffic is below a cache line per core."""
@@ -83,6 +84,12 @@ class Provenance:
     def is_gradient(self, node: fx.Node) -> bool:
         """Whether the node depends on an output's gradient."""
         return node in self.gradients
+
+    def content(self, node: fx.Node) -> Content:
+        """What the node is as an operand."""
+        if self.is_gradient(node):
+            return "gradient"
+        return "weight" if self.is_parameter(node) else "activation"
 
 
 def provenance_of(graph: fx.Graph, parameters: frozenset[str]) -> Provenance:

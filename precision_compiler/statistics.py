@@ -93,10 +93,10 @@ class Sensitivity:
     def flushed(self, fmt: Format) -> float:
         """Share of the elements other than zero that round to zero in ``fmt``, 0 to 1.
 
-        0 for block formats: what is lost in a block is small beside the rest of it, and in the
-        measured error.
+        0 for formats with scales of rows or blocks: what is lost in a block is small beside the
+        rest of it, and in the measured error.
         """
-        if fmt.block:
+        if fmt.by_axis:
             return 0.0
         lost = EXPONENTS + self.scale_exponent(fmt) < fmt.min_exponent - fmt.precision
         total = self.count.sum()
@@ -142,9 +142,10 @@ class Correlation:
     def covariance(self, fmt: Format) -> float:
         """Covariance of the two effects when the tensor is rounded to ``fmt``.
 
-        0 in block formats: readers that sum over other axes have other blocks and other errors.
+        0 where scales are those of rows or blocks: readers that sum over other axes have
+        other scales and other errors.
         """
-        if fmt.block:
+        if fmt.by_axis:
             return 0.0
         if fmt.scaled and fmt.name in self.measured:
             return self.measured[fmt.name]

@@ -1,7 +1,8 @@
 """Machines as data: rates per format, memory, launch cost; one TOML file each."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from importlib import resources
 from math import inf
 from pathlib import Path
@@ -17,6 +18,7 @@ from precision_compiler.gemm import Product, gemm_seconds
 from precision_compiler.gemm_formats import GEMM_BYTES, nearest
 from precision_compiler.gpu import architecture_name, gpu_at_hand
 from precision_compiler.measure import Machine, measured_machine
+from precision_compiler.scaling import RECIPES, SCALE_BITS, SCALED_FORMATS, hardware_format
 from precision_compiler.target_files import SUFFIX, Table, explain, read_table
 
 __all__ = ["QUANTISATIONS", "FormatRate", "Quantisation", "Target"]
@@ -53,6 +55,7 @@ class Target:
             and a ramp in a compiled program, three times that from eager PyTorch.
         sustained_fraction: rate of long matmuls under the power limit, relative to the largest.
         quantise: passes of quantising, by scaling.
+        recipes: further ways to multiply in its formats (``scaling.RECIPES``) that plans consider.
         machine: measurements on the machine at hand, None for a target known from its data only.
     """
 
@@ -77,6 +80,7 @@ class Target:
     issue_seconds: float = 3.5e-6
     sustained_fraction: float = 0.85
     quantise: Mapping[str, Quantisation] = field(default_factory=dict)
+    recipes: tuple[str, ...] = ()
     machine: Machine | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -149,12 +153,35 @@ class Target:
         """Fixed cost of one kernel: its launch, and units idle at its start and end."""
         return self.launch_seconds + self.ramp_seconds
 
+    @cached_property
+    def choices(self) -> tuple[str, ...]:
+        """Formats that plans choose from, and recipes whose format the machine has."""
+        known = (name for name in self.recipes if hardware_format(name) in self.formats)
+        return (*self.formats, *known)
+
+    def with_recipes(self, *names: str) -> "Target":
+        """The same machine with these recipes to choose from instead of its own.
+
+        Raises:
+            TargetError: there is no such recipe, or the machine lacks the format under it.
+        """
+        made = replace(self, recipes=names)
+        for name in names:
+            if name not in made.choices:
+                raise TargetError(
+                    f"target {self.name}, key recipes: {name} needs the format "
+                    f"{hardware_format(name)}, which it has no rate for"
+                )
+        return made
+
     def rate(self, name: str) -> FormatRate:
-        """The row of a format.
+        """The row of a format or recipe.
 
         Raises:
             TargetError: the machine has no hardware path for it; the message lists those it has.
         """
+        if name in RECIPES:
+            return _recipe_rate(name, self.rate(hardware_format(name)))
         row = self.formats.get(name) or self.gemm_formats.get(name)
         row = row or self.formats.get(f"{name}fnuz")  # fp8 of gfx942, by OCP's name
         if row is None:
@@ -190,7 +217,7 @@ class Target:
             size: bytes of operands and result.
             name: format of the operands.
         """
-        return self.roofline_seconds(flops, size, self.formats[name])
+        return self.roofline_seconds(flops, size, self.rate(name))
 
     def roofline_seconds(self, flops: float, size: float, rate: FormatRate) -> float:
         """As ``contraction_seconds``, with the format's row."""
@@ -234,12 +261,32 @@ def _check_names(target: Target) -> None:
         known = f"; formats are {', '.join(words)}"
         problem = f"unknown format {unknown[0]!r}" if unknown else "no rate for fp32"
         raise TargetError(f"target {target.name}: {problem}{known}")
+    for recipe in target.recipes:
+        if recipe not in RECIPES:
+            raise TargetError(
+                f"target {target.name}, key recipes: unknown recipe {recipe!r}"
+                f"{nearest(recipe, RECIPES)}"
+            )
     for scaling in target.quantise:
         if scaling not in QUANTISATIONS:
             raise TargetError(
                 f"target {target.name}, key quantise: unknown scaling {scaling!r}"
                 f"{nearest(scaling, QUANTISATIONS)}"
             )
+
+
+def _recipe_rate(name: str, row: FormatRate) -> FormatRate:
+    """The row of a recipe: its format's, with the recipe's own scales."""
+    scaling = SCALED_FORMATS[name].scaling
+    if scaling.granularity != "block" or row.block:
+        return row
+    return replace(
+        row,
+        block=scaling.size,
+        scale_bytes=SCALE_BITS[scaling.scale] / 8,
+        achieved_fraction=row.achieved_fraction * row.block_fraction,
+        block_fraction=1.0,
+    )
 
 
 def _read(path: Path, shipped: Path) -> Target:

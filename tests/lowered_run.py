@@ -42,15 +42,18 @@ def scaled_mm(
     assert left.is_contiguous()
     assert right.t().is_contiguous()
     assert [left.shape[1] % 16, right.shape[0] % 16, right.shape[1] % 16] == [0, 0, 0]
-    rows = numbers(left, left_scale), numbers(right.t(), right_scale)
+    rows = numbers(left, left_scale), numbers(right.t(), _turned(right_scale))
     return (rows[0] @ rows[1].t()).to(dtype)
+
+
+def _turned(scale: Tensor) -> Tensor:
+    return scale.t() if scale.dim() == 2 else scale
 
 
 def numbers(elements: Tensor, scales: Tensor) -> Tensor:
     """What the elements of an operand with its summed axis last stand for, float32."""
     if scales.dtype == torch.float32:
-        assert scales.numel() == 1
-        return elements.float() * scales
+        return elements.float() * spread(scales, elements.shape)
     size = 16 if scales.dtype == torch.float8_e4m3fn else 32
     if elements.dtype == torch.float4_e2m1fn_x2:
         codes = elements.view(torch.uint8)
@@ -60,6 +63,22 @@ def numbers(elements: Tensor, scales: Tensor) -> Tensor:
         wide = elements.float()
     rows, blocks = wide.shape[0], wide.shape[1] // size
     return wide * in_rows(scales, rows, blocks).float().repeat_interleave(size, 1)
+
+
+def spread(scales: Tensor, shape: torch.Size) -> Tensor:
+    """Float32 scales of a tensor, rows, or blocks of 1 x 128 or 128 x 128: one per element."""
+    if scales.numel() == 1:
+        return scales.reshape(1, 1).expand(shape)
+    rows, columns = shape
+    if scales.shape == (rows, 1) and scales.is_contiguous():
+        return scales.expand(shape)
+    blocks = -(-columns // 128)
+    if scales.shape == (rows, blocks):
+        assert scales.stride() == (1, rows)
+        return scales.repeat_interleave(128, 1)[:, :columns]
+    assert scales.shape == (-(-rows // 128), blocks)
+    assert scales.stride() == (-(-blocks // 4) * 4, 1)
+    return scales.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
 
 
 def in_rows(scales: Tensor, rows: int, blocks: int) -> Tensor:

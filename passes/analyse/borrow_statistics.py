@@ -36,7 +36,7 @@ class BorrowStatistics:
 
     def run(self, unit: Unit) -> bool:
         """Fill ``unit.statistics`` and the sibling's vetoes."""
-        loans = lend(unit.joint.sites, unit.target.formats, self.sibling)
+        loans = lend(unit.joint.sites, unit.target.choices, self.sibling)
         nothing = borrowed({})
         known = {name: borrowed(loan.variances) for name, loan in loans.items()}
         unit.statistics = Statistics(

@@ -76,19 +76,21 @@ class MeasureSensitivity:
         """Fill ``unit.statistics``."""
         if unit.captured is None:
             raise InternalError("analysis needs the captured graph with its inputs")
-        formats = [CHOICES[name] for name in unit.target.formats if name not in ("fp32", "tf32")]
+        formats = [CHOICES[name] for name in unit.target.choices if name not in ("fp32", "tf32")]
         memory = free_memory() / 2 if unit.memory is None else unit.memory
         accumulators = {
             name: Accumulator(CHOICES[rate.accumulate], rate.accumulate_every)
-            for name, rate in unit.target.formats.items()
-            if rate.accumulate != "fp32"
+            for name in unit.target.choices
+            if (rate := unit.target.rate(name)).accumulate != "fp32"
         }
         found: list[Statistics] = []
         sums = GradientSums()
         for index, captured in enumerate((unit.captured, *unit.calibration)):
             same = captured.joint.module is unit.captured.joint.module
             links = unit.links if same else find_links(captured.joint)
-            probe = Probe(captured.joint.module.graph, links, formats, accumulators)
+            joint = captured.joint
+            graph, parameters = joint.module.graph, joint.parameters
+            probe = Probe(graph, links, formats, accumulators, parameters)
             tape = Tape(captured, probe, memory, self.seed + index)
             noise = [tensor.noise for tensor in found[0].tensors] if found else None
             with freed_memory_kept():

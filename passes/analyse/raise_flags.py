@@ -11,7 +11,10 @@ from precision_compiler.formats import CHOICES, Format
 from precision_compiler.observation import update_loss
 from precision_compiler.origin import origin_of
 from precision_compiler.pipeline import Numerics, Unit
+from precision_compiler.scaling import hardware_format, is_stochastic, reason_against_recipe
+from precision_compiler.sites import provenance_of
 from precision_compiler.statistics import Sensitivity, Statistics
+from precision_compiler.target import Target
 
 _INTO_NORMAL_RANGE = 256  # binades that lift every float32 number above any format's smallest
 _ALWAYS = ("fp32", "tf32", "bf16", "fp16", "e4m3", "e5m2")  # checked even if no target has them
@@ -41,8 +44,11 @@ class RaiseFlags:
     9. Zero gradient: a parameter whose gradient is float32 noise; no metric counts it.
     10. Accumulation: the target adds products up in a narrow format; a veto where the terms of one
        sign are more than that format has steps, so that sums would stop growing.
-    11. Constants of an ONNX file are the same on every batch: no margin and no drift for them.
-    12. Update swamping: for a given learning rate, the share of bf16 weights that an update of
+    11. Bias (veto): a gradient operand rounded to nearest in so few bits (``unbiased_bits``
+       significant ones or less) errs alike from step to step, where the target has a recipe that
+       rounds it stochastically.
+    12. Constants of an ONNX file are the same on every batch: no margin and no drift for them.
+    13. Update swamping: for a given learning rate, the share of bf16 weights that an update of
        that size would leave unchanged.
     """
 
@@ -52,6 +58,7 @@ class RaiseFlags:
     flushed: float = 0.5
     harmless: float = 0.01
     invalid: float = 0.3
+    unbiased_bits: int = 2
     name: ClassVar[str] = "raise-flags"
     reads: ClassVar[frozenset[str]] = frozenset({"statistics"})
     makes: ClassVar[frozenset[str]] = frozenset({"vetoes"})
@@ -70,15 +77,34 @@ class RaiseFlags:
                 unit.flags += rules._of_site(site.name, tensors, CHOICES[name])
         for name, seen in unit.statistics.ranges.items():
             for fmt in CHOICES.values():
-                if fmt.name in _ALWAYS or fmt.name in unit.target.formats:
+                if fmt.name in _ALWAYS or fmt.name in unit.target.choices:
                     unit.flags += self._of_range(name, seen, fmt)
         unit.flags += [*_of_sums(unit.statistics), *_of_gradients(unit.statistics)]
-        unit.flags += _of_accumulation(unit)
+        unit.flags += [*_of_accumulation(unit), *self._of_bias(unit)]
         unit.flags += _of_updates(unit)
         for flag in unit.flags:
             if flag.veto and flag.format is not None:
                 unit.vetoes.setdefault((flag.site, flag.format), f"{flag.name}: {flag.sentence}")
         return False
+
+    def _of_bias(self, unit: Unit) -> Iterator[Flag]:
+        coarse = [name for name in unit.target.choices if self._is_biased(name)]
+        nodes = {node.name: node for node in unit.joint.module.graph.nodes}
+        provenance = provenance_of(unit.joint.module.graph, unit.joint.parameters)
+        for site in unit.links.contractions.values() if coarse else ():
+            sources = [nodes[link.source] for link in unit.links.reads_of(site.name)]
+            for name in coarse if any(map(provenance.is_gradient, sources)) else ():
+                better = _unbiased(name, site.role, unit.target)
+                if better:
+                    bits = CHOICES[name].precision
+                    sentence = (
+                        f"a gradient rounded to nearest with {bits} significant bits errs alike "
+                        f"from step to step: {better} has no bias"
+                    )
+                    yield Flag("bias", site.name, name, sentence, {"bits": float(bits)}, True)
+
+    def _is_biased(self, name: str) -> bool:
+        return CHOICES[name].precision <= self.unbiased_bits and not is_stochastic(name)
 
     def _of_site(self, site: str, tensors: Sequence[Sensitivity], fmt: Format) -> Iterator[Flag]:
         if fmt.name == "fp32" or not tensors:
@@ -135,6 +161,17 @@ class RaiseFlags:
             yield Flag("single-element", site, fmt.name, sentence, {}, False)
 
 
+def _unbiased(name: str, role: str, target: Target) -> str:
+    """A recipe for a format that rounds gradients stochastically; "" where there is none."""
+    recipes = (
+        other
+        for other in target.choices
+        if hardware_format(other) == name and is_stochastic(other)
+        if not reason_against_recipe(other, role, 0)
+    )
+    return next(recipes, "")
+
+
 def _constants(unit: Unit) -> set[str]:
     """Names of the nodes that stand for constants of an ONNX file."""
     origins = {node.name: origin_of(node) for node in unit.joint.module.graph.nodes}
@@ -160,7 +197,7 @@ def _of_sums(statistics: Statistics) -> Iterator[Flag]:
 def _of_accumulation(unit: Unit) -> Iterator[Flag]:
     assert unit.statistics is not None
     for (site, name), found in unit.statistics.accumulations.items():
-        running = CHOICES[unit.target.formats[name].accumulate]
+        running = CHOICES[unit.target.rate(name).accumulate]
         error, steps = found.variance**0.5, 2.0**running.precision
         sentence = (
             f"products are added up in {running.name}, which alone changes the gradient by "

@@ -15,6 +15,7 @@ from precision_compiler.lowering.support import reason_against_product
 from precision_compiler.measure import Machine, layout_key, random_like
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.scaled_calls import KINDS, scaled_call
+from precision_compiler.scaling import hardware_format
 from precision_compiler.sites import operand_nodes, output_nodes, rounded_arguments
 from precision_compiler.target import Target
 from precision_compiler.tf32 import TF32_MATMUL
@@ -46,7 +47,7 @@ class PriceContractions:
         nodes = {node.name: node for node in unit.joint.module.graph.nodes}
         sites = {name: nodes[site.node] for name, site in unit.links.contractions.items()}
         unit.contraction_prices = {
-            name: {fmt: roofline(node, fmt, unit.target) for fmt in unit.target.formats}
+            name: {fmt: roofline(node, fmt, unit.target) for fmt in unit.target.choices}
             for name, node in sites.items()
         }
         if unit.target.machine is not None:
@@ -69,10 +70,10 @@ class PriceContractions:
         slower = {fmt: slowest / rate for fmt, rate in machine.matmul_flops.items()}
         unit.contraction_prices = {
             name: {
-                fmt: seconds[keys[name, fmt]]
-                if (name, fmt) in keys
-                else seconds[keys[name, "fp32"]] * slower[fmt]
-                for fmt in prices
+                fmt: seconds[keys[name, base]]
+                if (name, base) in keys
+                else seconds[keys[name, "fp32"]] * slower[base]
+                for fmt, base in zip(prices, map(hardware_format, prices), strict=True)
             }
             for name, prices in unit.contraction_prices.items()
         }

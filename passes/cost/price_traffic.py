@@ -1,7 +1,7 @@
 """See PriceTraffic."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -21,6 +21,7 @@ from precision_compiler.graph import (
 from precision_compiler.origin import origin_of
 from precision_compiler.passes.cost.find_kernels import is_fused
 from precision_compiler.pipeline import Numerics, Unit
+from precision_compiler.scaling import reason_against_recipe
 from precision_compiler.target import Target
 
 
@@ -35,9 +36,10 @@ class PriceTraffic:
        a kernel of its own: read, write, launch.
     3. A format that needs a scale takes one more kernel that reads the tensor: its amax joins
        the kernel that makes it, or is one of its own, and only then it can be cast. Where the
-       hardware multiplies only operands that are contiguous along the sum, and in block formats,
-       a copy is written once for each way in which its readers sum over it; blocks of MX formats
-       need no amax of the whole tensor, but their scales are arranged for the hardware by a kernel.
+       hardware multiplies only operands that are contiguous along the sum, and where rows or
+       blocks have scales, a copy is written once for each way in which its readers sum over it;
+       such scales (but NVFP4's) need no amax of the whole tensor, but those of blocks are arranged
+       for the hardware by a kernel.
     4. In a graph from an ONNX file no cast fuses. Its weights are cast in the file: that is free.
     5. Formats change nothing about launches, tensors that are no site, and arithmetic, which is
        float32: together they are the fixed time. On this machine arithmetic is timed, operation
@@ -66,8 +68,8 @@ class PriceTraffic:
         }
         rigid = {
             fmt
-            for fmt, rate in unit.target.formats.items()
-            if rate.layouts == "tn" or CHOICES[fmt].block
+            for fmt in unit.target.choices
+            if unit.target.rate(fmt).layouts == "tn" or CHOICES[fmt].by_axis
         }
         sources = {link.source for link in unit.links.reads}
         sources |= {unit.links.stores[store].node for store in unit.links.writer}
@@ -76,11 +78,13 @@ class PriceTraffic:
             source: {
                 fmt: 0.0
                 if unit.joint.inference and source in unit.joint.parameters
-                else cast_seconds(nodes[source], fmt, unit.target, ways if fmt in rigid else 1)
-                for fmt in CHOICES
+                else cast_seconds(
+                    nodes[source], fmt, unit.target, _ways(read, fmt) if fmt in rigid else 1
+                )
+                for fmt in unit.target.choices
             }
             for source in sorted(sources)
-            for ways in [layouts.get(source, 1)]
+            for read in [layouts.get(source, set())]
         }
         others = (set(read) | set(written)) - set(stores)
         unit.fixed_seconds = sum(
@@ -142,15 +146,23 @@ def cast_seconds(node: fx.Node, fmt: str, target: Target, layouts: int = 1) -> f
 
 def _needs_amax(fmt: str, target: Target) -> bool:
     """Whether the whole tensor must have been read before any of it can be cast."""
-    rate, row = target.formats.get(fmt), CHOICES[fmt]
-    return row.scaled and (not row.block or (rate is not None and rate.tensor_scale))
+    row = CHOICES[fmt]
+    known = fmt in target.choices and target.rate(fmt).tensor_scale
+    return row.scaled and (not row.by_axis or known)
 
 
-def _layouts(unit: Unit, nodes: Mapping[str, fx.Node]) -> dict[str, int]:
-    """By source: in how many ways its readers want it, where products sum along rows only."""
-    wanted: dict[str, set[bool]] = defaultdict(set)
+def _ways(readings: Collection[tuple[str, bool]], fmt: str) -> int:
+    """Copies that readings (role, whether along rows) ask of a format, one at the least."""
+    found = {along for role, along in readings if not reason_against_recipe(fmt, role, 0)}
+    return max(1, len(found))
+
+
+def _layouts(unit: Unit, nodes: Mapping[str, fx.Node]) -> dict[str, set[tuple[str, bool]]]:
+    """By source, its readings: the product's role, and whether the sum runs along its rows."""
+    wanted: dict[str, set[tuple[str, bool]]] = defaultdict(set)
     for link in unit.links.reads:
-        contraction = nodes[unit.links.contractions[link.contraction].node]
+        site = unit.links.contractions[link.contraction]
+        contraction = nodes[site.node]
         argument = contraction.args[link.argument]
         rule = contraction_rule(contraction)
         if rule is None or not isinstance(argument, fx.Node) or not is_matrix_product(contraction):
@@ -158,5 +170,5 @@ def _layouts(unit: Unit, nodes: Mapping[str, fx.Node]) -> dict[str, int]:
         summed = -1 if link.argument == rule.operands[0] else -2
         value = value_of(argument)
         if value is not None and link.argument in rule.operands:
-            wanted[link.source].add(value.stride(summed) == 1)
-    return {source: len(ways) for source, ways in wanted.items()}
+            wanted[link.source].add((site.role, value.stride(summed) == 1))
+    return wanted

@@ -13,7 +13,12 @@ from precision_compiler.formats import CHOICES
 from precision_compiler.graph import CONVERT, Mover, contraction_rule, insert_call, root_of
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.problem import fixes_result
-from precision_compiler.sites import named_nodes, rounded_arguments
+from precision_compiler.sites import (
+    Provenance,
+    named_nodes,
+    provenance_of,
+    rounded_arguments,
+)
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,9 @@ class EmulateFormats:
     1. A stored tensor is rounded where it is made; everything reads the rounded one.
     2. A contraction's arguments are rounded to its format, each (tensor, format) once. Small
        companions (biases) of scaled formats and tf32 stay float32, as in hardware.
-       In block formats each argument is rounded where it is read, in blocks along the axis that
-       the product sums over; every (argument, axis) once.
+       Where rows or blocks have scales, each argument is rounded where it is read, along the axis
+       that the product sums over, as the recipe treats weights, activations or gradients; every
+       (argument, axis) once.
     3. Attention is computed by its formula, with what the kernel rounds inside rounded.
     """
 
@@ -46,7 +52,9 @@ class EmulateFormats:
             for name, fmt in unit.assignment.items()
             if fmt != "fp32" and (self.everything or not fixes_result(fmt))
         }
-        found = _Emulator(unit.joint.module.graph, emulated).emulate()
+        graph = unit.joint.module.graph
+        provenance = provenance_of(graph, unit.joint.parameters)
+        found = _Emulator(graph, emulated, provenance).emulate()
         if found:
             names = ", ".join(sorted(found, key=list(CHOICES).index))
             unit.journal.note(self.name, f"emulated here, at float32 speed: {names}")
@@ -56,8 +64,9 @@ class EmulateFormats:
 class _Emulator:
     """One emulation of one graph."""
 
-    def __init__(self, graph: fx.Graph, formats: Mapping[str, str]) -> None:
+    def __init__(self, graph: fx.Graph, formats: Mapping[str, str], provenance: Provenance) -> None:
         self.graph, self.formats, self.mover = graph, formats, Mover(graph)
+        self.provenance = provenance
         self.rounded: dict[tuple[fx.Node, str], fx.Node] = {}
         self.blocks: dict[tuple[fx.Node, str, int], fx.Node] = {}
         self.format_of: dict[fx.Node, str] = {}
@@ -90,7 +99,7 @@ class _Emulator:
         for index, argument in rounded_arguments(node).items():
             if index in rule.companions and not fixes_result(fmt):
                 continue
-            if CHOICES[fmt].block:
+            if CHOICES[fmt].by_axis:
                 axis = -1 if index == rule.operands[0] else -2
                 node.update_arg(index, self._blocks(argument, fmt, axis))
                 continue
@@ -106,10 +115,11 @@ class _Emulator:
             node.args, node.kwargs = (*given, *options, fmt), {}
 
     def _blocks(self, argument: fx.Node, fmt: str, axis: int) -> fx.Node:
-        """A copy of an argument in blocks along the axis that is summed over, made once."""
+        """A copy of an argument with scales along the axis that is summed over, made once."""
         key = argument, fmt, axis
         if key not in self.blocks:
-            self.blocks[key] = self._call(QUANTISE, argument, (fmt, axis), argument, f"to_{fmt}")
+            how = (fmt, axis, None, self.provenance.content(root_of(argument)))
+            self.blocks[key] = self._call(QUANTISE, argument, how, argument, f"to_{fmt}")
             self.format_of[self.blocks[key]] = fmt
         return self.blocks[key]
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from precision_compiler.errors import VerifyError
 from precision_compiler.facts import NodeFacts, facts_of, set_facts
-from precision_compiler.formats import CHOICES
+from precision_compiler.formats import CHOICES, FORMATS
 from precision_compiler.graph import (
     aten,
     contraction_rule,
@@ -32,7 +32,8 @@ from precision_compiler.lowering.products import (
 from precision_compiler.lowering.support import reason_against_product
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.problem import fixes_result
-from precision_compiler.sites import named_nodes, operand_nodes
+from precision_compiler.scaling import Content, hardware_format
+from precision_compiler.sites import Provenance, named_nodes, operand_nodes, provenance_of
 from precision_compiler.tf32 import TF32_MATMUL
 
 
@@ -46,14 +47,17 @@ class LowerContractions:
     1. tf32 is the product itself under float32's tensor-core mode, for this product alone.
     2. e4m3 (e4m3fnuz) is ``aten._scaled_mm`` with a scale per tensor. Products of two e5m2
        (e5m2fnuz) operands, which cuBLAS lacks, are the kernel ``scaled_gemm``.
-    3. mxfp8, mxfp4 and nvfp4 are ``aten._scaled_mm`` with block scales in cuBLAS's order; on AMD,
+    3. e4m3 with scales per row is ``aten._scaled_mm`` where the result is kept in bf16, which is
+       all that its kernel returns, else ``scaled_gemm``; with scales per block of 128, of weights
+       128 x 128, it is ``aten._scaled_mm``.
+    4. mxfp8, mxfp4 and nvfp4 are ``aten._scaled_mm`` with block scales in cuBLAS's order; on AMD,
        which has another, the kernel ``block_gemm``.
-    4. Operands are calls of ``lowering.packing``, which later passes replace: one scale per
+    5. Operands are calls of ``lowering.packing``, which later passes replace: one scale per
        (tensor, format), one copy of the elements per operand with the summed axis last, shared by
-       all products that read it so.
-    5. Sums and the right operand's rows are filled up with zeros to what the kernel asks for, and
+       all products that read it so. NVFP4's recipes round and rotate them as ``scaling.py`` says.
+    6. Sums and the right operand's rows are filled up with zeros to what the kernel asks for, and
        the result is cut.
-    6. The result comes in the narrower dtype that it is stored in if nothing else reads it, else
+    7. The result comes in the narrower dtype that it is stored in if nothing else reads it, else
        in float32; an addend and NVFP4's scale of the tensor are applied in float32.
     """
 
@@ -66,7 +70,8 @@ class LowerContractions:
     def run(self, unit: Unit) -> bool:
         """Replace the products; note in the journal what was left, and why."""
         graph = unit.joint.module.graph
-        lowering = _Lowering(graph, amd=unit.architecture.startswith("gfx"))
+        provenance = provenance_of(graph, unit.joint.parameters)
+        lowering = _Lowering(graph, provenance, amd=unit.architecture.startswith("gfx"))
         changed = False
         for name, node in named_nodes(graph).items():
             fmt = unit.assignment.get(name, "fp32")
@@ -84,8 +89,8 @@ class LowerContractions:
 class _Lowering:
     """One lowering of one graph."""
 
-    def __init__(self, graph: fx.Graph, amd: bool) -> None:
-        self.graph, self.amd = graph, amd
+    def __init__(self, graph: fx.Graph, provenance: Provenance, amd: bool) -> None:
+        self.graph, self.provenance, self.amd = graph, provenance, amd
         self.made: dict[tuple[object, ...], list[fx.Node]] = {}
 
     def lower(self, node: fx.Node, name: str, fmt: str) -> None:
@@ -94,12 +99,14 @@ class _Lowering:
         factors: list[fx.Node] = []
         if fmt == "tf32":
             product = self._call(TF32_MATMUL, operand_nodes(node), like=node)
+        elif hardware_format(fmt) in FORMATS and CHOICES[fmt].by_axis:
+            product = self._scaled_product(node, fmt, dtype)
         elif CHOICES[fmt].block:
             product, factors = self._block_product(node, fmt, dtype)
         else:
             product = self._tensor_product(node, fmt, dtype)
         found = format_of_product(product)
-        if found != fmt:
+        if found not in (fmt, hardware_format(fmt)):
             raise VerifyError(f"{name} multiplies {found} where the plan has {fmt}")
         set_facts(product, NodeFacts(name, name, f"multiplied in {fmt}"))
         self._put(product, factors, node, cast)
@@ -116,18 +123,43 @@ class _Lowering:
         rows = [self._call(aten.view.default, (scale, [1]), node) for scale in scales]
         return self._call(SCALED_GEMM, (*elements, *rows, None, "none", dtype, False), node)
 
+    def _scaled_product(self, node: fx.Node, fmt: str, dtype: torch.dtype) -> fx.Node:
+        operands = zip(operand_nodes(node), (False, True), strict=True)
+        parts = [
+            self._once(packing.scaled_operand, operand, (), (fmt, is_right, self._content(operand)))
+            for operand, is_right in operands
+        ]
+        (left, left_scales, _), (right, right_scales, _) = parts
+        if fmt == "e4m3_row" and dtype != torch.bfloat16:
+            rows = [
+                self._call(aten.view.default, (scale, [-1]), node)
+                for scale in (left_scales, right_scales)
+            ]
+            return self._call(SCALED_GEMM, (left, right, *rows, None, "none", dtype, False), node)
+        turned = self._call(aten.permute.default, (right_scales, [1, 0]), node)
+        return self._scaled_mm([left, right], [left_scales, turned], dtype, node)
+
+    def _content(self, operand: fx.Node) -> Content:
+        return self.provenance.content(root_of(operand))
+
     def _block_product(
         self, node: fx.Node, fmt: str, dtype: torch.dtype
     ) -> tuple[fx.Node, list[fx.Node]]:
         """The product, and what its result is still to be multiplied by."""
         operands = zip(operand_nodes(node), (False, True), strict=True)
         parts = [
-            self._once(packing.block_operand, operand, (), (fmt, is_right, not self.amd))
+            self._once(
+                packing.block_operand,
+                operand,
+                (),
+                (fmt, is_right, not self.amd, self._content(operand)),
+            )
             for operand, is_right in operands
         ]
         (left, left_scales, left_whole), (right, right_scales, right_whole) = parts
         if not self.amd:
-            factors = [left_whole, right_whole] if fmt == "nvfp4" else []
+            two_levels = hardware_format(fmt) == "nvfp4"
+            factors = [left_whole, right_whole] if two_levels else []
             scales = [left_scales, right_scales]
             return self._scaled_mm([left, right], scales, dtype, node), factors
         *codes, left, right = (
@@ -215,7 +247,7 @@ def _is_on_gpu(node: fx.Node) -> bool:
 def _result_of(node: fx.Node, fmt: str) -> tuple[torch.dtype, fx.Node | None]:
     """The dtype that a product can return at once, and the cast that it makes superfluous."""
     readers = list(node.users)
-    if fmt in ("tf32", "nvfp4") or _addends(node) or len(readers) != 1:
+    if hardware_format(fmt) in ("tf32", "nvfp4") or _addends(node) or len(readers) != 1:
         return torch.float32, None
     value = value_of(readers[0])
     if not is_cast(readers[0]) or value is None or value.dtype not in SIXTEEN_BITS:

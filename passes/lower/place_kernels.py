@@ -147,7 +147,7 @@ def _matrix(made: fx.Node) -> tuple[int, int]:
 
 def _orientation(call: fx.Node, made: fx.Node) -> int | None:
     """0 for rows, 2 for columns: the kernel's results that an operand is; None for neither."""
-    operand, _, is_right, _ = call.args
+    operand, _, is_right, *_ = call.args
     assert isinstance(operand, fx.Node)
     node, value = operand, value_of(operand)
     while is_view(node) or is_cast(node):

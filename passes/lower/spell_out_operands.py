@@ -14,6 +14,7 @@ _FUNCTIONS = (
     packing.tensor_scale,
     packing.tensor_operand,
     packing.block_operand,
+    packing.scaled_operand,
     packing.blocked_scales,
     packing.row_scales,
     packing.no_scale,

@@ -60,6 +60,8 @@ def _rounding(node: fx.Node) -> dict[str, str]:
     _, name, *rest = node.args
     fmt = CHOICES[str(name)]
     words = {"storage_format": fmt.name, "reason": f"operand rounded to {fmt.name}"}
+    if fmt.by_axis and not fmt.block:
+        return words | {"scale": "of rows, from their largest magnitude"}
     if fmt.block:
         return words | {"scale": f"of {fmt.block} elements, from their largest magnitude"}
     amax = rest[1]

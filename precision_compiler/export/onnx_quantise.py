@@ -6,6 +6,7 @@ number times 2^-126 (a smaller block may get twice its scale).
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,12 +37,16 @@ def versions_of(graph: fx.Graph) -> tuple[int, int]:
     needed = [_PLAIN]
     for node in graph.find_nodes(op="call_function", target=QUANTISE):
         row = SCALED_FORMATS.get(str(node.args[1]))
-        if row is not None:
-            needed.append(_WITH_E8M0 if row.scaling.scale == "e8m0" else _WITH_FP4)
+        if row is not None and row.element.bits == 4 and row.scaling.scale != "e8m0":
+            needed.append(_WITH_FP4)
+        elif row is not None and row.scaling.scale == "e8m0":
+            needed.append(_WITH_E8M0)
     return max(needed)
 
 
-def translate_quantise(x: Any, name: str, axis: int = -1, amax: float | None = None) -> Any:
+def translate_quantise(
+    x: Any, name: str, axis: int = -1, amax: float | None = None, content: str = "activation"
+) -> Any:
     """The operation on a value of the exporter; arguments as of ``precision_compiler::quantise``.
 
     A format with one scale per tensor needs ``amax``: its scale is a constant.
@@ -50,8 +55,20 @@ def translate_quantise(x: Any, name: str, axis: int = -1, amax: float | None = N
     if row is None:
         assert amax is not None
         return _under_fixed_scale(x, name, amax)
-    rounding = _two_levels if row.scaling.scale == "e4m3" else _powers_of_two
-    return rounding(x, name, axis % len(x.shape))
+    return _ROUNDINGS[row.scaling.scale](x, name, axis % len(x.shape))
+
+
+def _float_scales(x: Any, name: str, axis: int) -> Any:
+    """Float32 scales of rows and blocks, with the operations of ``scales.py`` in their order."""
+    row = SCALED_FORMATS[name]
+    size = row.scaling.size or int(x.shape[axis])
+    amax, one = _block_amax(x, axis, size), op.Constant(value_float=1.0)
+    encode = op.Div(op.Constant(value_float=row.element.max_finite), amax)
+    encode = op.Min(encode, op.Constant(value_float=_LARGEST))
+    encode = op.Where(op.Equal(amax, op.Constant(value_float=0.0)), one, encode)
+    blocks = op.Mul(_in_blocks(x, axis, size), op.Unsqueeze(encode, _integers(axis + 1)))
+    codes = op.Cast(op.Reshape(blocks, op.Shape(x)), to=_ELEMENTS[row.element.name], saturate=1)
+    return op.DequantizeLinear(codes, op.Div(one, encode), axis=axis, block_size=size)
 
 
 TRANSLATIONS: Mapping[Any, Callable[..., Any]] = {QUANTISE: translate_quantise}
@@ -99,6 +116,12 @@ def _two_levels(x: Any, name: str, axis: int) -> Any:
     blocks = op.Mul(_in_blocks(x, axis, size), op.Unsqueeze(inverse, _integers(axis + 1)))
     codes = op.Cast(op.Reshape(blocks, op.Shape(x)), to=_ELEMENTS[element.name])
     return op.DequantizeLinear(codes, decode, axis=axis, block_size=size)
+
+
+_ROUNDINGS: Mapping[str, Callable[[Any, str, int], Any]] = MappingProxyType(
+    {"e8m0": _powers_of_two, "e4m3": _two_levels, "fp32": _float_scales}
+)
+"""By the format of the scales."""
 
 
 def _block_amax(x: Any, axis: int, size: int) -> Any:

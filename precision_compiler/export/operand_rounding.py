@@ -61,7 +61,7 @@ def prepare_rounding(module: fx.GraphModule, values: Sequence[Any]) -> None:
 
 def is_scaled_per_tensor(node: fx.Node) -> bool:
     """Whether a node rounds a tensor under one scale."""
-    return node.target is QUANTISE and CHOICES[str(node.args[1])].block == 0
+    return node.target is QUANTISE and not CHOICES[str(node.args[1])].by_axis
 
 
 def _plain_attention(graph: fx.Graph) -> None:
@@ -75,7 +75,7 @@ def _plain_attention(graph: fx.Graph) -> None:
 
 
 def _refuse_inexpressible(node: fx.Node) -> None:
-    source, name, *axis = node.args
+    source, name, *rest = node.args
     assert isinstance(source, fx.Node)
     fmt, value = CHOICES[str(name)], value_of(source)
     if name in _INEXPRESSIBLE:
@@ -83,8 +83,14 @@ def _refuse_inexpressible(node: fx.Node) -> None:
             f"{_site_of(node)}: {name} needs ONNX opset 28, which no runtime has: override the "
             "site's format, or make a plan for a target without it"
         )
+    row = SCALED_FORMATS.get(str(name))
+    if row is not None and rest[2:] == ["weight"] and row.weight_scaling is not None:
+        raise ExportError(
+            f"{_site_of(node)}: {name} scales weights in square blocks, which ONNX has no form "
+            f"for: override the site's format, with {row.base} for instance"
+        )
     assert value is not None
-    summed = axis[0] if axis else None
+    summed = rest[0] if rest else None
     length = value.shape[summed] if fmt.block and isinstance(summed, int) else 0
     if isinstance(length, torch.SymInt) or (length and length % fmt.block):
         said = "an open dimension" if isinstance(length, torch.SymInt) else f"{length} elements"

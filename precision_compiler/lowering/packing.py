@@ -11,9 +11,9 @@ import torch
 
 from precision_compiler.elements import FORMATS, Format
 from precision_compiler.rounding import round_to
-from precision_compiler.scaled import quantise
+from precision_compiler.scaled import quantise, quantised_operand
 from precision_compiler.scales import scales_of
-from precision_compiler.scaling import SCALED_FORMATS, TENSOR
+from precision_compiler.scaling import SCALED_FORMATS, TENSOR, Content, Scaling
 
 ALIGNMENT = 16
 """The summed axis and the right operand's rows are multiples of it (cuBLAS: 16 bytes)."""
@@ -66,27 +66,63 @@ def tensor_operand(x: torch.Tensor, encode: torch.Tensor, name: str, right: bool
     return _in_rows(round_to(rows * encode, fmt, saturate=True).to(_dtype(fmt)))
 
 
-def block_operand(x: torch.Tensor, name: str, right: bool, blocked: bool) -> BlockOperand:
+def scaled_operand(x: torch.Tensor, name: str, right: bool, content: Content) -> BlockOperand:
+    """An operand in an 8-bit format with float32 scales of rows or blocks of 128.
+
+    Args:
+        x: (M, K), or (K, N) for the right operand; float32.
+        name: of a recipe.
+        right: whether it is the right operand.
+        content: what the operand is.
+
+    Returns:
+        Elements (M, K') or (N', K') with K' and N' multiples of 16; scales (M, 1) for rows,
+        (M, K / 128) with M contiguous for blocks of one row, and (M / 128, K / 128) in rows that
+        start at multiples of four for square ones: the layouts of ``torch._scaled_mm``.
+    """
+    row = SCALED_FORMATS[name]
+    scaling = row.scaling_of(content)
+    made = quantise(
+        _for_scaling(_with_sum_last(x, ALIGNMENT, right), scaling), row.element, scaling
+    )
+    scales = made.scales
+    if scaling.granularity == "block":
+        scales = _in_rows(scales.t()).t()
+    elif scaling.granularity == "block2d":
+        filled = torch.nn.functional.pad(scales, (0, -scales.shape[1] % _SCALE_COLUMNS))
+        scales = filled.narrow(1, 0, scales.shape[1])
+    else:
+        scales = _in_rows(scales)
+    return BlockOperand(_in_rows(made.elements.to(_dtype(row.element))), scales, no_scale(x))
+
+
+def block_operand(
+    x: torch.Tensor, name: str, right: bool, blocked: bool, content: Content = "activation"
+) -> BlockOperand:
     """An operand in a block format.
 
     Args:
         x: (M, K), or (K, N) for the right operand; float32.
-        name: "mxfp8", "mxfp4" or "nvfp4".
+        name: "mxfp8", "mxfp4", "nvfp4" or a recipe for it.
         right: whether it is the right operand.
         blocked: scales in the order that cuBLAS reads them in, see ``in_blocks``; otherwise one
             row of scales per row of elements.
+        content: what the operand is, for recipes.
     """
-    elements, codes, whole = block_bytes(x, name, right, blocked)
+    elements, codes, whole = block_bytes(x, name, right, blocked, content)
     row = SCALED_FORMATS[name]
     narrow = torch.float4_e2m1fn_x2 if row.element.bits == 4 else _dtype(row.element)
     scale = torch.float8_e8m0fnu if row.scaling.scale == "e8m0" else torch.float8_e4m3fn
     return BlockOperand(elements.view(narrow), codes.view(scale), whole)
 
 
-def block_bytes(x: torch.Tensor, name: str, right: bool, blocked: bool) -> BlockOperand:
+def block_bytes(
+    x: torch.Tensor, name: str, right: bool, blocked: bool, content: Content = "activation"
+) -> BlockOperand:
     """``block_operand`` with elements of 4 bits and scales as bytes (uint8)."""
     row = SCALED_FORMATS[name]
-    made = quantise(_with_sum_last(x, _BLOCK_ALIGNMENT, right), row.element, row.scaling)
+    rows = _for_scaling(_with_sum_last(x, _BLOCK_ALIGNMENT, right), row.scaling_of(content))
+    made = quantised_operand(rows, row, content)
     if row.element.bits == 4:
         elements = packed_pairs(made.elements)
     else:
@@ -94,7 +130,10 @@ def block_bytes(x: torch.Tensor, name: str, right: bool, blocked: bool) -> Block
     if row.scaling.scale == "e8m0":
         codes = (made.scales.view(torch.int32) >> 23).to(torch.uint8)
     else:
-        codes = made.scales.to(torch.float8_e4m3fn).view(torch.uint8)
+        scales = made.scales
+        if row.scaling_of(content).granularity == "block2d":  # instructions know rows only
+            scales = scales.repeat_interleave(row.scaling.size, 0)[: elements.shape[0]]
+        codes = scales.to(torch.float8_e4m3fn).view(torch.uint8)
     codes = in_blocks(codes) if blocked else codes
     return BlockOperand(_in_rows(elements), _in_rows(codes), made.tensor_scale)
 
@@ -146,6 +185,11 @@ def _with_sum_last(x: torch.Tensor, multiple: int, right: bool) -> torch.Tensor:
     missing = -rows.shape[1] % multiple
     short = -rows.shape[0] % ALIGNMENT if right else 0
     return torch.nn.functional.pad(rows, (0, missing, 0, short)) if missing or short else rows
+
+
+def _for_scaling(rows: torch.Tensor, scaling: Scaling) -> torch.Tensor:
+    """Square blocks are cut from a tensor that lies in rows."""
+    return _in_rows(rows) if scaling.granularity == "block2d" else rows
 
 
 def _in_rows(x: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import fx
 
 from precision_compiler.facts import facts_of
 from precision_compiler.formats import format_of_dtype
-from precision_compiler.graph import aten, base_name, contraction_rule, value_of
+from precision_compiler.graph import aten, base_name, contraction_rule, shape_of, value_of
 from precision_compiler.kernels import block_gemm, scaled_gemm  # noqa: F401 - registers them
 from precision_compiler.sites import rounded_arguments
 from precision_compiler.tf32 import TF32_MATMUL
@@ -78,6 +78,7 @@ def format_of_product(node: fx.Node) -> str | None:
     if node.target in (SCALED_MM, SCALED_GEMM):
         left, right, *scales = (_dtype(argument) for argument in node.args[:4])
         names = [_scaled(*pair) for pair in zip((left, right), scales, strict=True)]
+        names = [f"{name}{_scaling(node)}" for name in names]
     elif node.target in (FLASH, FLASH_BACKWARD):
         names = [_scaled(_dtype(argument), None) for argument in node.args[:3]]
     elif contraction_rule(node) is not None:
@@ -95,6 +96,18 @@ def products_of(graph: fx.Graph) -> tuple[Product, ...]:
         if fmt is not None and facts is not None:
             found.append(Product(facts.site or facts.name, fmt, base_name(node.target)))
     return tuple(found)
+
+
+def _scaling(node: fx.Node) -> str:
+    """What float32 scales of a product's rows or blocks are called; "" for a tensor's."""
+    left, right = (value_of(one) for one in node.args[2:4] if isinstance(one, fx.Node))
+    assert left is not None
+    assert right is not None
+    if left.dtype != torch.float32 or (left.numel() == 1 and right.numel() == 1):
+        return ""
+    columns = shape_of(node.args[1])[1]  # type: ignore[arg-type]
+    is_row = left.dim() == 1 or (left.shape[1] == 1 and right.shape[1] == columns)
+    return "_row" if is_row else "_1x128"
 
 
 def _dtype(argument: object) -> torch.dtype:

@@ -11,6 +11,7 @@ from precision_compiler.kernels.targets import (
     known_architecture,
     reason_against,
 )
+from precision_compiler.scaling import hardware_format
 from precision_compiler.sites import operand_nodes
 from precision_compiler.target import Target
 
@@ -34,12 +35,13 @@ def reason_against_product(node: fx.Node, fmt: str, architecture: str) -> str:
     operands = operand_nodes(node)
     if not is_matrix_product(node) or any(len(shape_of(one)) != 2 for one in operands):
         return "scales are for products of two matrices, not attention, batches or convolutions"
-    if not any(fmt in machine.matrix for machine in ARCHITECTURES):
+    base = hardware_format(fmt)
+    if not any(base in machine.matrix for machine in ARCHITECTURES):
         return f"no kernel multiplies {fmt}: neither torch nor Triton has its products"
     if any(map(has_open_sizes, operands)):
         return "its sizes are open, and operands are laid out for one size"
     machine = known_architecture(architecture)
-    return "" if machine is None else reason_against(machine, fmt, matrix=True)
+    return "" if machine is None else reason_against(machine, base, matrix=True)
 
 
 def architecture_for(target: str) -> str:

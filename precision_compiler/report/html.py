@@ -142,7 +142,7 @@ def _view(plan: Plan) -> Mapping[str, Any]:
         "formats": {name: CHOICES[name].bits for name in known},
         "limits": {
             name: None  # every block has a scale of its own
-            if fmt.block
+            if fmt.by_axis
             else [log2(fmt.smallest_subnormal), log2(fmt.max_finite), fmt.scaled]
             for name, fmt in CHOICES.items()
         },

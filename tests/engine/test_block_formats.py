@@ -13,9 +13,10 @@ from precision_compiler.compiler import Decision, decide
 from precision_compiler.emulation import QUANTISE
 from precision_compiler.export import read_plan
 from precision_compiler.formats import CHOICES, choice_named, quantised
+from precision_compiler.hadamard import hadamard, inverse_hadamard
 from precision_compiler.passes.lower.emulate_formats import EmulateFormats
 from precision_compiler.plan import Plan
-from precision_compiler.scaled import rounded
+from precision_compiler.scaled import ROTATION, rounded
 from precision_compiler.scaling import SCALED_FORMATS
 from precision_compiler.target import Target
 from precision_compiler.verification import Truth
@@ -23,7 +24,7 @@ from tests.helpers import graph, rewrite
 from tests.models import captured, made
 from tests.random_graphs import inputs_of
 
-BLOCKS = tuple(name for name, fmt in CHOICES.items() if fmt.block)
+BLOCKS = tuple(name for name, fmt in CHOICES.items() if fmt.by_axis)
 EVERYTHING = EmulateFormats(everything=True)
 
 
@@ -37,7 +38,9 @@ def decided(model: str) -> Decision:
 
 def exactly(x: torch.Tensor, name: str, axis: int) -> torch.Tensor:
     row = SCALED_FORMATS[name]
-    return rounded(x, row.element, row.scaling, axis)
+    turned = hadamard(x, axis, seed=ROTATION) if row.rotated else x
+    made = rounded(turned, row.element, row.scaling, axis)
+    return inverse_hadamard(made, axis, seed=ROTATION) if row.rotated else made
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -64,12 +67,12 @@ def test_readers_that_sum_alike_share_a_copy_and_others_do_not() -> None:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_quantised_takes_the_block_formats_scaling(name: str) -> None:
     x = torch.randn(5, 96) * torch.logspace(-3, 3, 96)
-    for axis in (-1, 0):
+    for axis in (-1, 0) if not SCALED_FORMATS[name].rotated else (-1,):
         assert torch.equal(quantised(x, choice_named(name), axis=axis), exactly(x, name, axis))
     assert CHOICES[name].bytes == SCALED_FORMATS[name].bytes
 
 
-@pytest.mark.parametrize("name", [name for name in BLOCKS if name in Target.load("b200").formats])
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name in Target.load("b200").choices])
 @pytest.mark.parametrize("model", ["gpt", "llama"])
 def test_predicted_error_of_a_block_format_is_the_measured_one(model: str, name: str) -> None:
     decision = decided(model)
@@ -81,7 +84,9 @@ def test_predicted_error_of_a_block_format_is_the_measured_one(model: str, name:
         for site in problem.links.contractions
         if "no kernel" in vetoes.get((site, name), "no kernel")
     ]
-    assert len(sites) > len(problem.links.contractions) / 3
+    roles = SCALED_FORMATS[name].roles or ("fprop", "dgrad", "wgrad")
+    assert len(sites) > len(problem.links.contractions) * len(roles) / 9
+    assert {problem.links.contractions[site].role for site in sites} <= set(roles)
     chosen = problem.uniform() | dict.fromkeys(sites, name)
     zero = [tensor.name for tensor in statistics.tensors if tensor.is_zero]
     measured = Truth(decision.captured, zero).measure(chosen, problem.error(chosen), 0.0)

@@ -92,8 +92,6 @@ def test_special_numbers(name: str) -> None:
 
 def test_what_it_needs_is_said() -> None:
     x = torch.ones(4)
-    with pytest.raises(FormatError, match=r"needs a torch\.Generator"):
-        rounded(x, FORMATS["e2m1"], MX, rounding="stochastic")
     for given, fmt in ((x.double(), FORMATS["e2m1"]), (x, E8M0)):
         with pytest.raises(FormatError, match="takes float32 and a signed format"):
             round_stochastically(given, fmt, seeded())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from precision_compiler.budget import Budget
-from precision_compiler.formats import CHOICES
+from precision_compiler.formats import CHOICES, FORMATS
 from precision_compiler.graph import shape_of
 from precision_compiler.journal import Journal
 from precision_compiler.lowering.products import BLOCK_GEMM, SCALED_GEMM, SCALED_MM, products_of
@@ -19,6 +19,8 @@ from precision_compiler.passes.lower.spell_out_operands import SpellOutOperands
 from precision_compiler.passes.rewrite.insert_casts import InsertCasts
 from precision_compiler.pipeline import Pipeline, Unit
 from precision_compiler.replay import gradients_of, relative_error
+from precision_compiler.scaled import rounded
+from precision_compiler.scaling import BLOCK_1X128_FP32, BLOCK_128X128_FP32
 from precision_compiler.sites import operand_nodes
 from precision_compiler.tf32 import TF32_MATMUL
 from tests import lowered_run
@@ -27,16 +29,26 @@ from tests.models import captured
 from tests.random_graphs import inputs_of
 
 HEAD = "x:f32[32,64] w:f32[64,48] v:f32[48]"
-SCALED = ("e4m3", "e5m2", "mxfp8", "mxfp4", "nvfp4")
-MACHINES = {"sm_90": ("e4m3", "e5m2"), "sm_100": SCALED, "gfx942": ("e4m3fnuz",)}
-MACHINES |= {"gfx950": ("e4m3", "mxfp8", "mxfp4")}
+SCALED = ("e4m3", "e5m2", "mxfp8", "mxfp4", "nvfp4", "e4m3_row")
+NVFP4_RECIPES = ("nvfp4_2d", "nvfp4_sr", "nvfp4_rht")
+MACHINES = {
+    "sm_90": ("e4m3", "e5m2", "e4m3_row"),
+    "sm_100": (*SCALED, *NVFP4_RECIPES),
+    "gfx942": ("e4m3fnuz",),
+}
+MACHINES |= {"gfx942": ("e4m3fnuz",), "gfx950": ("e4m3", "mxfp8", "mxfp4")}
 Pairs = list[tuple[Tensor, Tensor]]
 CASES = [(machine, fmt) for machine, formats in MACHINES.items() for fmt in formats]
 
 
-def lowered(described: str, assignment: dict[str, str], architecture: str = "sm_100") -> Unit:
+def lowered(
+    described: str,
+    assignment: dict[str, str],
+    architecture: str = "sm_100",
+    parameters: tuple[str, ...] = (),
+) -> Unit:
     """A graph on a GPU without contents, with casts inserted and products lowered."""
-    unit = unit_of(graph(described), assignment)
+    unit = unit_of(graph(described), assignment, parameters=parameters)
     unit.joint, unit.architecture = on_gpu(unit.joint), architecture
     passes = (InsertCasts(), LowerContractions(), SpellOutOperands())
     Pipeline(passes, given=frozenset({"assignment"})).run(unit)
@@ -75,9 +87,37 @@ def test_product_has_the_format_and_the_numbers_of_its_emulation(
 ) -> None:
     described = f"{HEAD} | a = mm x w | b = addmm v x w | return a b"
     unit = lowered(described, {"a": fmt, "b": fmt}, architecture)
-    assert list(formats_of(unit.joint.module.graph).values()) == [fmt, fmt]
+    multiplied = "nvfp4" if fmt in NVFP4_RECIPES else fmt
+    assert list(formats_of(unit.joint.module.graph).values()) == [multiplied, multiplied]
     for found, expected in both(described, {"a": fmt, "b": fmt}, architecture):
-        close(found, expected)
+        if fmt == "nvfp4_rht":  # emulation rotates operands back: two more roundings of float32
+            assert relative_error([found], [expected]) < 1e-6
+        else:
+            close(found, expected)
+
+
+def test_blocks_of_128_and_square_ones_of_weights() -> None:
+    described = "x:f32[32,384] w:f32[384,272] | a = mm x w | return a"
+    unit = lowered(described, {"a": "e4m3_1x128"}, "sm_90", parameters=("w",))
+    (call,) = calls(unit, SCALED_MM)
+    scales = [one for one in call.args[2:4] if isinstance(one, fx.Node)]
+    assert list(map(shape_of, scales)) == [(32, 3), (3, 3)]
+    assert list(formats_of(unit.joint.module.graph).values()) == ["e4m3_1x128"]
+    x, w = inputs_of(graph(described))
+    (found,) = lowered_run.results(unit.joint.module, (x, w))
+    narrow = FORMATS["e4m3"]
+    expected = rounded(x, narrow, BLOCK_1X128_FP32) @ rounded(w, narrow, BLOCK_128X128_FP32)
+    close(found, expected)
+
+
+def test_a_row_scaled_product_comes_from_the_kernel_that_returns_its_dtype() -> None:
+    described = f"{HEAD} | a = mm x w | b = neg a | return b"
+    narrow = lowered(described, {"a": "e4m3_row", "a.store": "bf16"}, "sm_90")
+    assert len(calls(narrow, SCALED_MM)) == 1
+    wide = lowered(described, {"a": "e4m3_row"}, "sm_90")
+    assert len(calls(wide, SCALED_GEMM)) == 1
+    for unit in (narrow, wide):
+        assert "e4m3_row" in formats_of(unit.joint.module.graph).values()
 
 
 @pytest.mark.parametrize("fmt", SCALED)
