@@ -11,6 +11,7 @@ from torch import fx
 from precision_compiler.arithmetic import arithmetic_seconds
 from precision_compiler.formats import CHOICES
 from precision_compiler.fusion import Kernel
+from precision_compiler.gemm import quantise_seconds
 from precision_compiler.graph import (
     contraction_rule,
     is_matrix_product,
@@ -33,11 +34,13 @@ class PriceTraffic:
     2. A copy in another format, where a fused kernel makes the tensor, fuses into it: it costs
        its own bytes and no launch. Elsewhere (parameters, inputs, results of contractions) it is
        a kernel of its own: read, write, launch.
-    3. A format that needs a scale takes one more kernel that reads the tensor: its amax joins
-       the kernel that makes it, or is one of its own, and only then it can be cast. Where the
-       hardware multiplies only operands that are contiguous along the sum, and in block formats,
-       a copy is written once for each way in which its readers sum over it; blocks of MX formats
-       need no amax of the whole tensor, but their scales are arranged for the hardware by a kernel.
+    3. A copy in a format with scales costs what quantising costs in the target's model of matrix
+       products, which is gauged on published times (``gemm.quantise_seconds``): its kernels, and
+       their reads and writes. The first of them joins the kernel that makes the tensor, if there
+       is one. Where the hardware multiplies only operands that are contiguous along the sum, and
+       in block formats, the copy is written along both axes if its readers sum over both. It is
+       read in 16 bits where the tensor is stored (plans with 8-bit operands store 16), in float32
+       where it is a parameter or input.
     4. In a graph from an ONNX file no cast fuses. Its weights are cast in the file: that is free.
     5. Formats change nothing about launches, tensors that are no site, and arithmetic, which is
        float32: together they are the fixed time. On this machine arithmetic is timed, operation
@@ -64,11 +67,6 @@ class PriceTraffic:
             }
             for node, name in stores.items()
         }
-        rigid = {
-            fmt
-            for fmt, rate in unit.target.formats.items()
-            if rate.layouts == "tn" or CHOICES[fmt].block
-        }
         sources = {link.source for link in unit.links.reads}
         sources |= {unit.links.stores[store].node for store in unit.links.writer}
         layouts = _layouts(unit, nodes)
@@ -76,11 +74,11 @@ class PriceTraffic:
             source: {
                 fmt: 0.0
                 if unit.joint.inference and source in unit.joint.parameters
-                else cast_seconds(nodes[source], fmt, unit.target, ways if fmt in rigid else 1)
+                else cast_seconds(nodes[source], fmt, unit.target, source in stores, twice)
                 for fmt in CHOICES
             }
             for source in sorted(sources)
-            for ways in [layouts.get(source, 1)]
+            for twice in [layouts.get(source, 1) > 1]
         }
         others = (set(read) | set(written)) - set(stores)
         unit.fixed_seconds = sum(
@@ -120,30 +118,32 @@ def _seconds(node: fx.Node, width: float | None, reads: int, writes: int, unit: 
     return reads * unit.target.read_seconds(size) + writes * unit.target.write_seconds(size)
 
 
-def cast_seconds(node: fx.Node, fmt: str, target: Target, layouts: int = 1) -> float:
+def cast_seconds(
+    node: fx.Node, fmt: str, target: Target, stored: bool = False, twice: bool = False
+) -> float:
     """Rules 2 and 3: seconds of a copy of a float32 tensor in a format.
 
     Args:
         node: computes the tensor.
         fmt: the format.
         target: the machine.
-        layouts: ways in which the copy must lie in memory, each written once.
+        stored: whether the tensor is a storage site.
+        twice: whether the copy is wanted along either axis; formats that need it are written so.
     """
     elements = prod(shape_of(node))
-    written = layouts * target.write_seconds(elements * CHOICES[fmt].bytes)
-    read = target.read_seconds(elements * CHOICES["fp32"].bytes) + target.launch_seconds
-    alone = not is_fused(node) or origin_of(node) is not None
-    passes = int(alone) + int(_needs_amax(fmt, target))
-    arranging = 0.0
-    if CHOICES[fmt].block:  # the cast itself is one of the kernels
-        arranging = layouts * (target.quantisation("block").kernels - 1) * target.launch_seconds
-    return written + passes * read + arranging
-
-
-def _needs_amax(fmt: str, target: Target) -> bool:
-    """Whether the whole tensor must have been read before any of it can be cast."""
-    rate, row = target.formats.get(fmt), CHOICES[fmt]
-    return row.scaled and (not row.block or (rate is not None and rate.tensor_scale))
+    joins = is_fused(node) and origin_of(node) is None
+    row, rate = CHOICES[fmt], target.formats.get(fmt)
+    if row.scaled and rate is not None:
+        rigid = rate.layouts == "tn" or bool(row.block)
+        scaling = "block" if row.block else "tensor"
+        width = CHOICES["bf16" if stored else "fp32"].bytes
+        return quantise_seconds(
+            target, elements, fmt, scaling, twice=twice and rigid, joined=joins, source_bytes=width
+        )
+    written = target.write_seconds(elements * row.bytes)
+    if joins:
+        return written
+    return written + target.read_seconds(elements * CHOICES["fp32"].bytes) + target.launch_seconds
 
 
 def _layouts(unit: Unit, nodes: Mapping[str, fx.Node]) -> dict[str, int]:
