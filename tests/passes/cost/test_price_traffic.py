@@ -35,7 +35,7 @@ def passes(described: str, node: str) -> float:
 
 def quantised(width: float, kernels: int) -> float:
     """Seconds of moving so many bytes per element, at the round target's numbers."""
-    return width * ELEMENTS / (0.75 * 1e12) + kernels * 3.5e-6
+    return width * ELEMENTS / 1e12 + kernels * LAUNCH
 
 
 @pytest.mark.parametrize(
