@@ -33,6 +33,7 @@ LAYERS = (
         "observation",
         "origin",
         "outcomes",
+        "packing",
         "rounding",
         "scaled",
         "scaled_calls",

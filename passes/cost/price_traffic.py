@@ -67,6 +67,11 @@ class PriceTraffic:
             }
             for node, name in stores.items()
         }
+        rigid = {
+            fmt
+            for fmt, rate in unit.target.formats.items()
+            if rate.layouts == "tn" or CHOICES[fmt].block
+        }
         sources = {link.source for link in unit.links.reads}
         sources |= {unit.links.stores[store].node for store in unit.links.writer}
         layouts = _layouts(unit, nodes)
@@ -74,11 +79,17 @@ class PriceTraffic:
             source: {
                 fmt: 0.0
                 if unit.joint.inference and source in unit.joint.parameters
-                else cast_seconds(nodes[source], fmt, unit.target, source in stores, twice)
+                else cast_seconds(
+                    nodes[source],
+                    fmt,
+                    unit.target,
+                    ways if fmt in rigid else 1,
+                    stored=source in stores,
+                )
                 for fmt in CHOICES
             }
             for source in sorted(sources)
-            for twice in [layouts.get(source, 1) > 1]
+            for ways in [layouts.get(source, 1)]
         }
         others = (set(read) | set(written)) - set(stores)
         unit.fixed_seconds = sum(
@@ -119,7 +130,7 @@ def _seconds(node: fx.Node, width: float | None, reads: int, writes: int, unit: 
 
 
 def cast_seconds(
-    node: fx.Node, fmt: str, target: Target, stored: bool = False, twice: bool = False
+    node: fx.Node, fmt: str, target: Target, layouts: int = 1, *, stored: bool = False
 ) -> float:
     """Rules 2 and 3: seconds of a copy of a float32 tensor in a format.
 
@@ -127,20 +138,18 @@ def cast_seconds(
         node: computes the tensor.
         fmt: the format.
         target: the machine.
+        layouts: ways in which the copy must lie in memory, 1 or 2.
         stored: whether the tensor is a storage site.
-        twice: whether the copy is wanted along either axis; formats that need it are written so.
     """
     elements = prod(shape_of(node))
     joins = is_fused(node) and origin_of(node) is None
-    row, rate = CHOICES[fmt], target.formats.get(fmt)
-    if row.scaled and rate is not None:
-        rigid = rate.layouts == "tn" or bool(row.block)
-        scaling = "block" if row.block else "tensor"
+    if CHOICES[fmt].scaled and fmt in target.formats:
+        scaling = "block" if CHOICES[fmt].block else "tensor"
         width = CHOICES["bf16" if stored else "fp32"].bytes
         return quantise_seconds(
-            target, elements, fmt, scaling, twice=twice and rigid, joined=joins, source_bytes=width
+            target, elements, fmt, scaling, twice=layouts > 1, joined=joins, source_bytes=width
         )
-    written = target.write_seconds(elements * row.bytes)
+    written = target.write_seconds(elements * CHOICES[fmt].bytes)
     if joins:
         return written
     return written + target.read_seconds(elements * CHOICES["fp32"].bytes) + target.launch_seconds
