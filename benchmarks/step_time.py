@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calibration import Calibrated
 from llama import Llama, Shape
 from matplotlib.figure import Figure
 from rich.progress import Progress
@@ -31,6 +30,7 @@ from torch import nn
 
 import precision_compiler
 from precision_compiler.budget import Budget
+from precision_compiler.calibrated import ANCHORS, Calibrated
 from precision_compiler.capture import capture
 from precision_compiler.demo.model import GPT
 from precision_compiler.files import write_atomically
@@ -44,7 +44,6 @@ from precision_compiler.target import Target
 
 POOLS = (("bf16",), ("bf16",), ("fp16",), ("bf16", "fp16"))
 WITHIN = 0.15
-ANCHORS = ("fp32", "autocast")
 Case = tuple[nn.Module, Any]
 
 
@@ -154,9 +153,9 @@ def examined(name: str, count: int, turns: int, progress: Progress) -> dict[str,
 
 def calibrated(found: dict[str, Any]) -> dict[str, Any]:
     """The measurements of one model with calibrated predictions."""
-    known = {row["plan"]: row for row in found["rows"]}
-    pairs = [(known[name]["uncalibrated"], known[name]["fastest"]) for name in ANCHORS]
-    rule = Calibrated.of(*zip(*pairs, strict=True))
+    prices = {row["plan"]: row["uncalibrated"] for row in found["rows"]}
+    rule = Calibrated.by_anchors(prices, {row["plan"]: row["fastest"] for row in found["rows"]})
+    assert rule is not None
     rows = [row | {"predicted": rule.seconds(row["uncalibrated"])} for row in found["rows"]]
     return found | {"rate": rule.rate, "calibrated_fixed_seconds": rule.fixed, "rows": rows}
 

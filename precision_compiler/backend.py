@@ -203,7 +203,9 @@ def _trial(model: nn.Module, batch: Any, loss: Loss | None, decision: Decision) 
         return _installed(twin, PrecisionBackend(decision.unit.target, 0.0, plan))
 
     digests = {label: digest_of(base.fingerprint, found) for label, found in candidates.items()}
-    return run_trial(model, batch, loss, digests, compiled, machine)
+    problem = decision.unit.problem
+    prices = {label: problem.seconds(found) for label, found in candidates.items()}
+    return run_trial(model, batch, loss, digests, prices, compiled, machine)
 
 
 def emulate(model: nn.Module, plan: Plan) -> nn.Module:

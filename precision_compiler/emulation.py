@@ -33,7 +33,9 @@ def quantise(
     (``scaling.Content``); stochastic rounding draws from torch's own generator.
     """
     made = quantised(x, choice_named(name), amax, axis, cast(Content, content))
-    return made.clone() if made is x else made  # an operation of its own returns a new tensor
+    if made is not x and made.stride() == torch.empty_like(x, device="meta").stride():
+        return made
+    return torch.empty_like(x).copy_(made)  # a new tensor, laid out as its fake twin says
 
 
 @quantise.register_fake

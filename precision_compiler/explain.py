@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from math import inf
 from typing import Literal
 
+from precision_compiler.calibrated import Calibrated
 from precision_compiler.errors import BudgetError, PlanError
 from precision_compiler.overrides import OVERRIDE
 from precision_compiler.plan import Plan, SiteChoice
@@ -52,6 +53,7 @@ class Explanation:
             neighbours), "fastest", or "trial" (measured steps decided).
         sentence: the same for people.
         alternatives: every format considered, in the order of the plan.
+        calibrated: what corrects their seconds by measured steps; None without a trial.
     """
 
     site: str
@@ -59,6 +61,7 @@ class Explanation:
     binding: Binding
     sentence: str
     alternatives: tuple[Alternative, ...]
+    calibrated: Calibrated | None = None
 
 
 def explain(plan: Plan, site: str) -> Explanation:
@@ -76,7 +79,8 @@ def explain(plan: Plan, site: str) -> Explanation:
     best = solve(problem, limit, GAP)
     alternatives = tuple(_alternative(plan, problem, site, fmt, best) for fmt in choice.options)
     binding, why = _binding(plan, problem, site, choice)
-    return Explanation(site, choice.format, binding, why, alternatives)
+    rule = plan.totals.calibrated
+    return Explanation(site, choice.format, binding, why, alternatives, rule)
 
 
 def forced(problem: Problem, site: str, fmt: str) -> Problem:

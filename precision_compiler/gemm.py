@@ -118,22 +118,31 @@ def product_seconds(
 
 
 def quantise_seconds(
-    target: "Target", elements: int, name: str, scaling: str, *, twice: bool
+    target: "Target",
+    elements: int,
+    name: str,
+    scaling: str,
+    *,
+    twice: bool,
+    joined: bool = False,
+    source_bytes: float = _SOURCE_BYTES,
 ) -> float:
-    """Seconds of quantising ``elements`` bf16 numbers, also along the other axis if ``twice``.
+    """Seconds of quantising ``elements`` numbers, also along the other axis if ``twice``.
 
     Passes over memory, as kernels of TransformerEngine and torchao make them: a read for the
     amax where scales are not known beforehand; one read and one write per copy for the cast, with
-    the scales; whatever a second copy along the other axis moves.
+    the scales; whatever a second copy along the other axis moves. Where a kernel before that
+    makes the numbers can do the first pass on them (``joined``), one read and one kernel less.
+    ``source_bytes`` are those of an element as it is read, 2 by default (bf16).
     """
     rate, passes = target.rate(name), target.quantisation(scaling)
     copies = 2 if twice else 1
     scale = rate.scale_bytes / rate.block if rate.block else _scale_bytes(passes)
-    size = _SOURCE_BYTES * (1 + passes.amax_reads) + copies * (GEMM_BYTES[name] + scale)
-    kernels = passes.kernels
+    reads, kernels = 1 + passes.amax_reads - joined, passes.kernels - joined
     if rate.tensor_scale:
-        size += _SOURCE_BYTES
+        reads += 1
         kernels += rate.tensor_scale_kernels
+    size = source_bytes * reads + copies * (GEMM_BYTES[name] + scale)
     if twice:
         size += passes.copy_bytes
         kernels += passes.copy_kernels

@@ -20,7 +20,7 @@ import torch
 
 from precision_compiler.files import write_atomically
 from precision_compiler.formats import FORMATS
-from precision_compiler.scaled_calls import KINDS, scaled_call
+from precision_compiler.scaled_calls import SCALED_PRODUCTS, scaled_call
 from precision_compiler.sizes import size_hint
 from precision_compiler.tf32 import tf32_matmul
 
@@ -204,7 +204,7 @@ def matmul_flops(device: str, side: int) -> dict[str, float]:
     if device != "cpu":
         square = torch.randn(side, side, device=device)
         runs["tf32"] = partial(tf32_matmul, square, square)
-        runs |= {name: scaled_call(side, side, side, name, device) for name in KINDS}
+        runs |= {name: scaled_call(side, side, side, name, device) for name in SCALED_PRODUCTS}
     known = {name: run for name, run in runs.items() if _works(run, device)}
     return {name: 2 * side**3 / seconds for name, seconds in alternate(known, device).items()}
 

@@ -1,10 +1,14 @@
 """What a plan promises, what was measured of it, and how long its steps took."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from precision_compiler.calibrated import Calibrated
 from precision_compiler.journal import STRICT
+
+Label = Literal["plan", "fp32", "autocast"]
+"""Ways to run a model that are compared: the solver's formats, float32, autocast's formats."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Totals:
         batches: calibration batches.
         activation_bytes, fp32_activation_bytes, autocast_activation_bytes: predicted bytes kept
             from the forward to the backward pass, where activation memory peaks.
+        calibrated: what corrects predicted times by the measured steps of a trial; None if there
+            was none.
     """
 
     __pydantic_config__ = STRICT
@@ -48,6 +54,13 @@ class Totals:
     activation_bytes: float = 0.0
     fp32_activation_bytes: float = 0.0
     autocast_activation_bytes: float = 0.0
+    calibrated: Calibrated | None = None
+
+    @property
+    def calibrated_seconds(self) -> float | None:
+        """Predicted time of one pass, corrected by measured steps; None if there are none."""
+        rule = self.calibrated
+        return None if rule is None else rule.seconds(self.predicted_seconds)
 
 
 @dataclass(frozen=True)
@@ -113,11 +126,21 @@ class Trial:
     Attributes:
         seconds: median of a forward and backward pass, by candidate: "plan", "fp32", "autocast".
         winner: whose formats the plan has.
-        sentence: which was kept, and why.
+        sentence: which was kept, and why; and how well its time was predicted.
+        prices: predicted seconds by candidate, before any correction.
+        anchors: candidates whose step corrects the predictions, those with the same formats
+            included: what is said of their time is measured and no prediction.
     """
 
     __pydantic_config__ = STRICT
 
     seconds: Mapping[str, float]
-    winner: Literal["plan", "fp32", "autocast"]
+    winner: Label
     sentence: str
+    prices: Mapping[str, float] = field(default_factory=dict)
+    anchors: tuple[Label, ...] = ()
+
+    @property
+    def calibrated(self) -> Calibrated | None:
+        """What makes the prices of float32 and autocast come out as measured."""
+        return Calibrated.by_anchors(self.prices, self.seconds) if self.prices else None

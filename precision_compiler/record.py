@@ -3,6 +3,7 @@
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from math import isfinite
 
@@ -56,7 +57,10 @@ def plan_of_unit(
         fingerprint=fingerprint(unit.joint.sites),
         loss_origin=loss_origin,
         versions=versions(),
-        totals=_totals(unit, problem, solution, sum(map(is_ours, graph.nodes))),
+        totals=replace(
+            _totals(unit, problem, solution, sum(map(is_ours, graph.nodes))),
+            calibrated=trial.calibrated if trial is not None else None,
+        ),
         sites=sites,
         nodes=node_choices(graph, sites, _vetoes_by_node(unit)),
         journal=tuple(unit.journal.entries),

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+import torch
+
 from precision_compiler.elements import FORMATS, Format
 from precision_compiler.errors import FormatError
 
@@ -15,6 +17,9 @@ SCALE_BITS: Mapping[ScaleFormat, int] = MappingProxyType(
     {"power_of_two": 32, "fp32": 32, "e8m0": 8, "e4m3": 8}
 )
 """Storage of one scale: powers of two for tensors, rows and tiles are kept as float32."""
+_SCALE_DTYPES: Mapping[ScaleFormat, torch.dtype] = MappingProxyType(
+    {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
+)
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,17 @@ class ScaledFormat:
     def bytes(self) -> float:
         """Bytes of one stored element, its share of the scales included."""
         return self.bits / 8
+
+    @property
+    def element_dtype(self) -> torch.dtype | None:
+        """The torch dtype of stored elements, pairs of 4 bits in one; None where torch has none."""
+        pairs = torch.float4_e2m1fn_x2 if self.element.bits == 4 else None
+        return self.element.dtype or pairs
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The torch dtype of a stored scale."""
+        return _SCALE_DTYPES.get(self.scaling.scale, torch.float32)
 
 
 _ROWS = (

@@ -199,7 +199,10 @@ def rewrite(module: fx.GraphModule, assignment: Mapping[str, str], *passes: Pass
 
 
 def machine(**rates: float) -> Target:
-    """A target with round numbers: 1 TB/s, 1 us per launch, narrow formats 2 to 16 times faster."""
+    """A target with round numbers: 1 TB/s, 1 us per kernel, narrow formats 2 to 16 times faster."""
     flops = rates or {"fp32": 1e12, "tf32": 2e12, "bf16": 4e12, "fp16": 4e12, "e4m3": 16e12}
     formats = {name: FormatRate(rate, 1.0, "a test") for name, rate in flops.items()}
-    return Target("round", "numbers", "cpu", 1e12, 1.0, 1e-6, formats, "a test")
+    return Target(
+        "round", "numbers", "cpu", 1e12, 1.0, 1e-6, formats, "a test",
+        cast_fraction=1.0, issue_seconds=1e-6,
+    )  # fmt: skip

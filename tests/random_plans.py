@@ -3,10 +3,11 @@
 from hypothesis import strategies as st
 
 from precision_compiler.budget import Budget
+from precision_compiler.calibrated import Calibrated
 from precision_compiler.flags import FLAGS, Flag
 from precision_compiler.formats import FORMATS
 from precision_compiler.journal import JournalEntry
-from precision_compiler.outcomes import MeasuredError, Totals, Verification
+from precision_compiler.outcomes import MeasuredError, Totals, Trial, Verification
 from precision_compiler.plan import SCHEMA_VERSION, NodeChoice, Option, Plan, SiteChoice
 
 words = st.text(max_size=12)
@@ -68,6 +69,15 @@ flags = st.builds(
     numbers=st.dictionaries(words, signed, max_size=2),
     veto=st.booleans(),
 )
+labels = ("plan", "fp32", "autocast")
+trials = st.builds(
+    Trial,
+    seconds=st.fixed_dictionaries(dict.fromkeys(labels, amounts)),
+    winner=st.sampled_from(labels),
+    sentence=words,
+    prices=st.fixed_dictionaries(dict.fromkeys(labels, amounts)),
+    anchors=st.lists(st.sampled_from(labels), unique=True).map(tuple),
+)
 totals = st.builds(
     Totals,
     *[amounts] * 7,
@@ -77,6 +87,7 @@ totals = st.builds(
     gradient_norm=amounts,
     loss=signed,
     batches=st.integers(1, 9),
+    calibrated=st.none() | st.builds(Calibrated, amounts, amounts),
 )
 nodes = st.builds(
     NodeChoice,
@@ -99,4 +110,5 @@ plans = st.builds(
     ).map(tuple),
     flags=st.lists(flags, max_size=2).map(tuple),
     verification=st.none() | verifications,
+    trial=st.none() | trials,
 )

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {
         "budget",
+        "calibrated",
         "codes",
         "delayed",
         "elements",
@@ -32,6 +33,7 @@ LAYERS = (
         "observation",
         "origin",
         "outcomes",
+        "packing",
         "rounding",
         "scaled",
         "scaled_calls",

@@ -14,7 +14,7 @@ from precision_compiler.graph import contraction_rule, is_matrix_product, shape_
 from precision_compiler.lowering.support import reason_against_product
 from precision_compiler.measure import Machine, layout_key, random_like
 from precision_compiler.pipeline import Numerics, Unit
-from precision_compiler.scaled_calls import KINDS, scaled_call
+from precision_compiler.scaled_calls import SCALED_PRODUCTS, scaled_call
 from precision_compiler.scaling import hardware_format
 from precision_compiler.sites import operand_nodes, output_nodes, rounded_arguments
 from precision_compiler.target import Target
@@ -134,7 +134,7 @@ def _case(node: fx.Node, fmt: str, device: str) -> tuple[str, Callable[[], Any]]
 
 
 def _scaled_case(node: fx.Node, fmt: str, device: str) -> tuple[str, Callable[[], Any]] | None:
-    if fmt not in KINDS or reason_against_product(node, fmt, ""):
+    if fmt not in SCALED_PRODUCTS or reason_against_product(node, fmt, ""):
         return None
     (m, k), n = shape_of(operand_nodes(node)[0]), shape_of(operand_nodes(node)[1])[1]
     made: list[Callable[[], Any]] = []

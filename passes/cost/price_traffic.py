@@ -11,6 +11,7 @@ from torch import fx
 from precision_compiler.arithmetic import arithmetic_seconds
 from precision_compiler.formats import CHOICES
 from precision_compiler.fusion import Kernel
+from precision_compiler.gemm import quantise_seconds
 from precision_compiler.graph import (
     contraction_rule,
     is_matrix_product,
@@ -34,12 +35,13 @@ class PriceTraffic:
     2. A copy in another format, where a fused kernel makes the tensor, fuses into it: it costs
        its own bytes and no launch. Elsewhere (parameters, inputs, results of contractions) it is
        a kernel of its own: read, write, launch.
-    3. A format that needs a scale takes one more kernel that reads the tensor: its amax joins
-       the kernel that makes it, or is one of its own, and only then it can be cast. Where the
-       hardware multiplies only operands that are contiguous along the sum, and where rows or
-       blocks have scales, a copy is written once for each way in which its readers sum over it;
-       such scales (but NVFP4's) need no amax of the whole tensor, but those of blocks are arranged
-       for the hardware by a kernel.
+    3. A copy in a format with scales costs what quantising costs in the target's model of matrix
+       products, which is gauged on published times (``gemm.quantise_seconds``): its kernels, and
+       their reads and writes. The first of them joins the kernel that makes the tensor, if there
+       is one. Where the hardware multiplies only operands that are contiguous along the sum, and
+       where rows or blocks have scales, the copy is written along both axes if its readers sum
+       over both. It is read in 16 bits where the tensor is stored (plans with 8-bit operands store
+       16), in float32 where it is a parameter or input.
     4. In a graph from an ONNX file no cast fuses. Its weights are cast in the file: that is free.
     5. Formats change nothing about launches, tensors that are no site, and arithmetic, which is
        float32: together they are the fixed time. On this machine arithmetic is timed, operation
@@ -79,7 +81,11 @@ class PriceTraffic:
                 fmt: 0.0
                 if unit.joint.inference and source in unit.joint.parameters
                 else cast_seconds(
-                    nodes[source], fmt, unit.target, _ways(read, fmt) if fmt in rigid else 1
+                    nodes[source],
+                    fmt,
+                    unit.target,
+                    _ways(read, fmt) if fmt in rigid else 1,
+                    stored=source in stores,
                 )
                 for fmt in unit.target.choices
             }
@@ -124,31 +130,31 @@ def _seconds(node: fx.Node, width: float | None, reads: int, writes: int, unit: 
     return reads * unit.target.read_seconds(size) + writes * unit.target.write_seconds(size)
 
 
-def cast_seconds(node: fx.Node, fmt: str, target: Target, layouts: int = 1) -> float:
+def cast_seconds(
+    node: fx.Node, fmt: str, target: Target, layouts: int = 1, *, stored: bool = False
+) -> float:
     """Rules 2 and 3: seconds of a copy of a float32 tensor in a format.
 
     Args:
         node: computes the tensor.
         fmt: the format.
         target: the machine.
-        layouts: ways in which the copy must lie in memory, each written once.
+        layouts: ways in which the copy must lie in memory, 1 or 2.
+        stored: whether the tensor is a storage site.
     """
     elements = prod(shape_of(node))
-    written = layouts * target.write_seconds(elements * CHOICES[fmt].bytes)
-    read = target.read_seconds(elements * CHOICES["fp32"].bytes) + target.launch_seconds
-    alone = not is_fused(node) or origin_of(node) is not None
-    passes = int(alone) + int(_needs_amax(fmt, target))
-    arranging = 0.0
-    if CHOICES[fmt].block:  # the cast itself is one of the kernels
-        arranging = layouts * (target.quantisation("block").kernels - 1) * target.launch_seconds
-    return written + passes * read + arranging
-
-
-def _needs_amax(fmt: str, target: Target) -> bool:
-    """Whether the whole tensor must have been read before any of it can be cast."""
-    row = CHOICES[fmt]
-    known = fmt in target.choices and target.rate(fmt).tensor_scale
-    return row.scaled and (not row.by_axis or known)
+    joins = is_fused(node) and origin_of(node) is None
+    if CHOICES[fmt].scaled and fmt in target.choices:
+        by_axis = "block" if CHOICES[fmt].block else "row"
+        scaling = by_axis if CHOICES[fmt].by_axis else "tensor"
+        width = CHOICES["bf16" if stored else "fp32"].bytes
+        return quantise_seconds(
+            target, elements, fmt, scaling, twice=layouts > 1, joined=joins, source_bytes=width
+        )
+    written = target.write_seconds(elements * CHOICES[fmt].bytes)
+    if joins:
+        return written
+    return written + target.read_seconds(elements * CHOICES["fp32"].bytes) + target.launch_seconds
 
 
 def _ways(readings: Collection[tuple[str, bool]], fmt: str) -> int:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from precision_compiler import packing
 from precision_compiler.errors import VerifyError
 from precision_compiler.facts import NodeFacts, facts_of, set_facts
 from precision_compiler.formats import CHOICES, FORMATS
@@ -21,7 +22,6 @@ from precision_compiler.graph import (
     shape_of,
     value_of,
 )
-from precision_compiler.lowering import packing
 from precision_compiler.lowering.products import (
     BLOCK_GEMM,
     SCALED_GEMM,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from precision_compiler import packing
 from precision_compiler.facts import NodeFacts, facts_of, set_facts
 from precision_compiler.graph import (
     Mover,
@@ -23,7 +24,6 @@ from precision_compiler.graph import (
     value_of,
 )
 from precision_compiler.kernels import supports
-from precision_compiler.lowering import packing
 from precision_compiler.lowering.products import SIXTEEN_BITS
 from precision_compiler.lowering.recognise import Activation, Norm, recognise
 from precision_compiler.pipeline import Numerics, Unit

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from precision_compiler.lowering import packing
+from precision_compiler import packing
 from precision_compiler.lowering.inlining import Inliner
 from precision_compiler.pipeline import Numerics, Unit
 

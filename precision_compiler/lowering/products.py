@@ -11,6 +11,7 @@ from precision_compiler.facts import facts_of
 from precision_compiler.formats import format_of_dtype
 from precision_compiler.graph import aten, base_name, contraction_rule, shape_of, value_of
 from precision_compiler.kernels import block_gemm, scaled_gemm  # noqa: F401 - registers them
+from precision_compiler.scaling import SCALED_FORMATS
 from precision_compiler.sites import rounded_arguments
 from precision_compiler.tf32 import TF32_MATMUL
 
@@ -23,13 +24,12 @@ FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward.default
 
 _BLOCK_FORMATS: Mapping[tuple[torch.dtype, torch.dtype], str] = MappingProxyType(
     {
-        (torch.float8_e4m3fn, torch.float8_e8m0fnu): "mxfp8",
-        (torch.float8_e5m2, torch.float8_e8m0fnu): "mxfp8e5m2",
-        (torch.float4_e2m1fn_x2, torch.float8_e8m0fnu): "mxfp4",
-        (torch.float4_e2m1fn_x2, torch.float8_e4m3fn): "nvfp4",
+        (row.element_dtype, row.scale_dtype): row.name
+        for row in SCALED_FORMATS.values()
+        if row.element_dtype is not None and not row.base
     }
 )
-"""Block formats by the dtypes of elements and scales."""
+"""Block formats by the dtypes of elements and scales: those of recipes are their formats'."""
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 """What products give at once beside float32, and what FlashAttention takes."""
 

@@ -17,11 +17,15 @@ def show_explanation(found: Explanation, console: Console) -> None:
     console.print(Text(f"{found.site}: {found.format} ({found.binding})", style="bold"))
     console.print(Text(found.sentence))
     table = Table("format", title="Each format forced, all else decided anew", title_justify="left")
-    for heading in ("step, ms", "more", "error"):
+    rule = found.calibrated
+    for heading in ("step, ms", "more", "error", *(["calibrated, ms"] if rule else [])):
         table.add_column(heading, justify="right")
     table.add_column("other sites that change", overflow="fold")
     for one in found.alternatives:
-        table.add_row(*map(Text, _cells(one, found.format)))
+        *numbers, words = _cells(one, found.format)
+        if rule is not None:
+            numbers.append("-" if one.seconds is None else f"{1e3 * rule.seconds(one.seconds):.4g}")
+        table.add_row(*map(Text, (*numbers, words)))
     console.print(table)
 
 

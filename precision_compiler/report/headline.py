@@ -5,7 +5,7 @@ from typing import Any
 
 from precision_compiler.outcomes import Verification
 from precision_compiler.plan import Plan
-from precision_compiler.report.show import milliseconds
+from precision_compiler.report.show import calibrated_line, milliseconds
 from precision_compiler.sizes import readable_bytes
 
 _SHOWN_ABOVE = {
@@ -17,6 +17,7 @@ _SHOWN_ABOVE = {
     "autocast_seconds",
     "autocast_gradient_error",
     "casts",
+    "calibrated",
 }
 
 
@@ -90,6 +91,8 @@ def facts(plan: Plan) -> list[Fact]:
         ),
         _verified(plan, plan.verification),
     ]
+    if plan.totals.calibrated is not None:
+        found.append(Fact("step time", calibrated_line(plan)))
     return found if plan.trial is None else [*found, Fact("trial", plan.trial.sentence)]
 
 

@@ -63,6 +63,8 @@ def totals_view(plan: Plan) -> RenderableType:
     totals = plan.totals
     grid = Table.grid(padding=(0, 2))
     grid.add_row("[bold]time", _time_line(totals))
+    if totals.calibrated is not None:
+        grid.add_row("[bold]calibrated", calibrated_line(plan))
     grid.add_row("[bold]error", _error_line(plan))
     if plan.verification is not None:
         grid.add_row("[bold]measured", _measured_line(plan, plan.verification))
@@ -237,6 +239,21 @@ def _time_line(totals: Totals) -> str:
         f"{milliseconds(totals.predicted_seconds)} ms per step predicted"
         f" (fp32 {_compared(totals.fp32_seconds, totals)},"
         f" autocast {_compared(totals.autocast_seconds, totals)}), {totals.casts} casts"
+    )
+
+
+def calibrated_line(plan: Plan) -> str:
+    """The plan's step time by measured steps: its own one, or a prediction that they correct."""
+    totals, trial = plan.totals, plan.trial
+    measured = f"measured {milliseconds(trial.seconds[trial.winner])} ms" if trial else ""
+    if trial is not None and trial.winner in trial.anchors:
+        return f"{measured} per step: this is one of the steps that calibrate, not a prediction"
+    rule, seconds = totals.calibrated, totals.calibrated_seconds
+    assert rule is not None
+    assert seconds is not None
+    return (
+        f"{milliseconds(seconds)} ms per step predicted (calibrated by the trial: {rule.rate:.2f} "
+        f"of the sum of prices and {milliseconds(rule.fixed)} ms), {measured or 'not measured'}"
     )
 
 

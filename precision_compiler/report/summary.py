@@ -23,7 +23,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "loss_origin": plan.loss_origin,
         "versions": dict(plan.versions),
         "budget": asdict(plan.budget),
-        "totals": asdict(plan.totals),
+        "totals": {**asdict(plan.totals), "calibrated_seconds": plan.totals.calibrated_seconds},
         "verification": _checked(plan.verification),
         "trial": asdict(plan.trial) if plan.trial else None,
         "formats": dict(Counter(choice.format for choice in plan.sites.values()).most_common()),

@@ -1,10 +1,13 @@
 """Compiling real models in place: same object, right numbers, nothing lost on an error."""
 
+import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -12,6 +15,7 @@ import precision_compiler
 from precision_compiler.capture import capture
 from precision_compiler.compiler import rewritten
 from precision_compiler.replay import gradients_of, relative_error
+from precision_compiler.report.show import totals_view
 
 
 class Block(nn.Module):
@@ -84,6 +88,31 @@ def test_compiling_keeps_object_keys_and_dtypes() -> None:
     assert precision_compiler.plan_of(model).budget.asked == "auto"
     assert list(model.state_dict()) == keys
     assert {p.dtype for p in model.parameters()} == dtypes
+
+
+def test_the_plan_of_a_trial_says_what_was_predicted_and_what_measured(tmp_path: Path) -> None:
+    model = precision_compiler.compile(model_of(), batch_of())
+    plan = precision_compiler.plan_of(model)
+    plan.save(tmp_path / "plan.json")
+    plan = precision_compiler.Plan.load(tmp_path / "plan.json")
+    trial, totals = plan.trial, plan.totals
+    assert trial is not None
+    assert "fp32" in trial.anchors
+    assert set(trial.prices) == set(trial.seconds)
+    assert trial.prices["fp32"] == pytest.approx(totals.fp32_seconds)
+    assert totals.calibrated == trial.calibrated
+    assert totals.calibrated_seconds is not None
+    (entry,) = [entry for entry in plan.journal if entry.step == "run-trial"]
+    assert entry.message == trial.sentence
+    told = "itself one of those that calibrate" if "plan" in trial.anchors else "as a sum of prices"
+    assert told in trial.sentence
+    assert trial.sentence in show_totals(plan)
+
+
+def show_totals(plan: precision_compiler.Plan) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=1000).print(totals_view(plan))
+    return stream.getvalue()
 
 
 def test_compiled_gradients_are_within_the_predicted_error_of_the_rewritten_graph(

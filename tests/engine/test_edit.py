@@ -9,6 +9,7 @@ import torch
 
 import precision_compiler
 from precision_compiler.budget import Budget
+from precision_compiler.calibrated import Calibrated
 from precision_compiler.compiler import plan_for, rewritten
 from precision_compiler.edit import edit
 from precision_compiler.errors import BudgetError, PlanError
@@ -55,6 +56,13 @@ def test_globs_and_earlier_edits_stay() -> None:
     assert third.sites[SITE].format == "bf16"
     assert third.sites["blocks.1.fc.wgrad"].format == "fp32"
     assert [entry.step for entry in third.journal].count("edit") == 3
+
+
+def test_predictions_of_an_edited_plan_stay_calibrated() -> None:
+    plan = planned("gpt")
+    rule = Calibrated(2.0, 0.5)
+    found = edit(replace(plan, totals=replace(plan.totals, calibrated=rule)), {SITE: "fp32"})
+    assert found.totals.calibrated_seconds == 0.5 + 2.0 * found.predicted_seconds
 
 
 def test_what_was_measured_of_the_old_plan_is_not_the_new_one_s() -> None:

@@ -1,19 +1,23 @@
 """Explanations are what solving again says; the problem survives the way through a file."""
 
+import io
 import random
 from dataclasses import replace
 from functools import cache
 
 import pytest
+from rich.console import Console
 
 from precision_compiler import PlanError
 from precision_compiler.budget import Budget
+from precision_compiler.calibrated import Calibrated
 from precision_compiler.compiler import Decision, decide
 from precision_compiler.errors import BudgetError
 from precision_compiler.explain import GAP, explain, forced
 from precision_compiler.outcomes import Trial
 from precision_compiler.plan import Plan
 from precision_compiler.problem import Problem
+from precision_compiler.report.explanation import show_explanation
 from precision_compiler.solver import solve
 from precision_compiler.thaw import problem_of
 from tests.helpers import machine
@@ -39,6 +43,21 @@ def random_assignment(problem: Problem, dice: random.Random) -> dict[str, str]:
             if found[name] == "bf16" and "bf16" in problem.options[store]:
                 found[store] = "bf16"
     return found
+
+
+def test_alternatives_are_told_as_calibrated_steps_too() -> None:
+    plan, site = written("mlp"), "up.fprop"
+    stream = io.StringIO()
+    console = Console(file=stream, width=200)
+    show_explanation(plan.explain(site), console)
+    assert "calibrated" not in stream.getvalue()
+    totals = replace(plan.totals, calibrated=Calibrated(2.0, 0.5))
+    found = replace(plan, totals=totals).explain(site)
+    show_explanation(found, console)
+    assert "calibrated, ms" in stream.getvalue()
+    for one in found.alternatives:
+        if one.seconds is not None:
+            assert f"{500 + 2e3 * one.seconds:.4g}" in stream.getvalue()
 
 
 @pytest.mark.parametrize("model", ["mlp", "gpt", "llama", "explicit"])

@@ -8,7 +8,7 @@ from precision_compiler.codes import encode
 from precision_compiler.elements import E8M0, FORMATS
 from precision_compiler.formats import choice_named, quantised
 from precision_compiler.kernels.block_gemm import pack
-from precision_compiler.lowering.packing import (
+from precision_compiler.packing import (
     block_bytes,
     block_operand,
     in_blocks,

@@ -39,6 +39,16 @@ def test_round_trip_of_a_real_plan_through_a_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_plans_from_before_trials_calibrated_can_be_read() -> None:
+    record = json.loads(planned("mlp").to_json())
+    assert record["totals"].pop("calibrated") is None
+    record["trial"] = {"seconds": {"plan": 0.5}, "winner": "plan", "sentence": "why"}
+    plan = Plan.from_json(json.dumps(record))
+    assert plan.totals.calibrated_seconds is None
+    assert plan.trial is not None
+    assert plan.trial.calibrated is None
+
+
 @pytest.mark.parametrize("scale", [1e4, 3e5])
 def test_plan_that_overflows_on_a_held_out_batch_can_be_read_again(scale: float) -> None:
     """What is measured then is infinite or undefined, which JSON has no word for."""

@@ -168,6 +168,13 @@ def test_a_recipe_by_hand_is_an_override() -> None:
     assert all(choice.error > 0 for choice in forced)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_operation_is_what_torch_takes_it_for(name: str) -> None:
+    x = torch.randn(32, 48)
+    for given, axis in ((x, -1), (x.t(), -2), (torch.randn(4, 16, 32).transpose(0, 1), -1)):
+        torch.library.opcheck(QUANTISE, (given, name, axis, None, "weight"))
+
+
 def test_unknown_recipes_and_those_without_a_format_are_refused() -> None:
     with pytest.raises(TargetError, match=r"unknown recipe 'e4m3_rows' \(did you mean 'e4m3_row'"):
         Target.load("h100").with_recipes("e4m3_rows")

@@ -155,6 +155,7 @@ def test_headline_says_what_was_promised_and_kept(plan: Plan) -> None:
         "autocast bf16",
     ):
         assert part in text, part
+    assert "step time" not in Page(report_html(plan)).text
     assert "was not checked" in Page(report_html(replace(plan, verification=None))).text
 
 

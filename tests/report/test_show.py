@@ -7,8 +7,9 @@ import pytest
 from rich.console import Console
 
 from precision_compiler.budget import Budget
+from precision_compiler.calibrated import Calibrated
 from precision_compiler.flags import Flag
-from precision_compiler.outcomes import MeasuredError, Totals, Verification
+from precision_compiler.outcomes import MeasuredError, Totals, Trial, Verification
 from precision_compiler.plan import SCHEMA_VERSION, Option, Plan, SiteChoice
 from precision_compiler.report.show import (
     contraction_rows,
@@ -100,6 +101,30 @@ def test_memory_is_told_in_units_people_read(plan: Plan) -> None:
     lines = printed(replace(plan, totals=totals)).splitlines()
     told = " ".join(line.strip() for line in lines)
     assert "7.5 GB kept for the backward pass, 50% less than fp32 (autocast 9 GB)" in told
+
+
+SECONDS = {"plan": 0.7, "fp32": 1.5, "autocast": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("trial", "words"),
+    [
+        (None, "718 ms per step predicted (calibrated by the trial: 2.00 of the sum of prices and "
+         "94 ms), not measured"),
+        (Trial(SECONDS, "plan", "why", {}, ("fp32", "autocast")),
+         "718 ms per step predicted (calibrated by the trial: 2.00 of the sum of prices and 94 ms)"
+         ", measured 700 ms"),
+        (Trial(SECONDS, "autocast", "why", {}, ("fp32", "autocast")),
+         "measured 900 ms per step: this is one of the steps that calibrate, not a prediction"),
+    ],
+)  # fmt: skip
+def test_calibrated_step_time_says_what_is_predicted_and_what_measured(
+    plan: Plan, trial: Trial | None, words: str
+) -> None:
+    assert "calibrated" not in printed(plan)
+    totals = replace(plan.totals, calibrated=Calibrated(2.0, 0.094))
+    second = printed(replace(plan, totals=totals, trial=trial)).replace("\n", " ")
+    assert words in " ".join(second.split())
 
 
 MEASURED = MeasuredError(0.0123, 0.008, 0.034, {"w": 0.034}, (), 2.5, -3e-4, 1e-4)

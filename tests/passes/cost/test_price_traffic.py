@@ -8,6 +8,7 @@ from precision_compiler.formats import CHOICES
 from precision_compiler.passes.cost.find_kernels import FindKernels, is_fused
 from precision_compiler.passes.cost.price_traffic import PriceTraffic
 from precision_compiler.pipeline import Unit
+from precision_compiler.target import Target
 from tests.engine.test_arithmetic import PER_ELEMENT, TOLD
 from tests.helpers import graph, machine, unit_of
 
@@ -30,6 +31,11 @@ def passes(described: str, node: str) -> float:
     assert set(row) == {"fp32", "bf16", "fp16"}
     assert row["bf16"] == row["fp16"] == pytest.approx(row["fp32"] / 2)
     return row["fp32"] / (4 * ELEMENTS / 1e12)
+
+
+def quantised(width: float, kernels: int) -> float:
+    """Seconds of moving so many bytes per element, at the round target's numbers."""
+    return width * ELEMENTS / 1e12 + kernels * LAUNCH
 
 
 @pytest.mark.parametrize(
@@ -56,21 +62,55 @@ def test_tensor_is_written_once_and_read_once_per_kernel(
 def test_cast_joins_the_kernel_that_makes_the_tensor() -> None:
     row = priced("x:f32[32,32] | a = relu x | b = mm a x | return b").cast_prices["a"]
     assert row["bf16"] == pytest.approx(2 * ELEMENTS / 1e12)
-    # its amax joins as well, and then a kernel of its own casts it
-    assert row["e4m3"] == pytest.approx((1 + 4) * ELEMENTS / 1e12 + LAUNCH)
+    # the first look for its amax joins as well; three kernels remain, and the bf16 is read again
+    assert row["e4m3"] == pytest.approx(quantised(2 + 1, kernels=3))
 
 
 def test_cast_of_an_input_or_a_contractions_result_is_a_kernel_of_its_own() -> None:
     prices = priced("x:f32[32,32] | a = mm x x | b = mm a x | return b").cast_prices
-    for source in ("x", "a"):
+    for source, width in (("x", 4), ("a", 2)):  # a is stored, in 16 bits when it is quantised
         assert prices[source]["bf16"] == pytest.approx((2 + 4) * ELEMENTS / 1e12 + LAUNCH)
-        assert prices[source]["e5m2"] == pytest.approx((1 + 4 + 4) * ELEMENTS / 1e12 + 2 * LAUNCH)
+        assert prices[source]["e4m3"] == pytest.approx(quantised(2 * width + 1, kernels=4))
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt"), [("h100", "e4m3"), ("b300", "e4m3"), ("b300", "mxfp8"), ("b300", "nvfp4")]
+)
+def test_copies_cost_what_the_model_of_products_takes_for_quantising(name: str, fmt: str) -> None:
+    """Gauged on published times; both operands are bf16 results, the left one summed both ways."""
+    target = Target.load(name)
+    text = "x:f32[64,64] | a = mm x x | b = mm x x | t = t a | c = mm a b | d = mm t b"
+    unit = unit_of(graph(f"{text} | return c d"), target=target)
+    FindKernels().run(unit)
+    PriceTraffic().run(unit)
+    scaling = "tensor" if fmt == "e4m3" else "block"
+    both, alone = (
+        target.gemm_seconds(64, 64, 64, format=fmt, scaling=scaling, quantise=quantise)
+        for quantise in (True, False)
+    )
+    copies = unit.cast_prices["a"][fmt] + unit.cast_prices["b"][fmt]
+    assert copies == pytest.approx(both - alone)
+
+
+@pytest.mark.parametrize(("fmt", "reads", "kernels"), [("mxfp8", 0, 1), ("nvfp4", 1, 4)])
+def test_blocks_of_a_fused_tensor_are_cast_where_it_is_made(
+    fmt: str, reads: int, kernels: int
+) -> None:
+    """MX needs nothing but the kernel that arranges scales; NVFP4 first the amax of the tensor."""
+    target = Target.load("b300")
+    unit = unit_of(graph("x:f32[32,32] | a = relu x | b = mm a x | return b"), target=target)
+    FindKernels().run(unit)
+    PriceTraffic().run(unit)
+    bytes_moved = ELEMENTS * (2 * reads + CHOICES[fmt].bytes)
+    expected = bytes_moved / (0.75 * 8e12) + kernels * target.issue_seconds
+    assert unit.cast_prices["a"][fmt] == pytest.approx(expected)
 
 
 def test_every_operand_and_result_of_a_contraction_has_prices_in_every_format() -> None:
     unit = priced("x:f32[32,32] y:f32[32,32] | t = t x | a = mm t x | b = relu y | return a b")
     assert set(unit.cast_prices) == {"x", "a"}
-    assert all(set(row) == set(CHOICES) for row in unit.cast_prices.values())
+    wanted = set(unit.target.choices)
+    assert all(set(row) == wanted for row in unit.cast_prices.values())
 
 
 @pytest.mark.parametrize(
@@ -102,7 +142,7 @@ def test_rows_only_hardware_needs_a_copy_for_each_way_of_summing(readers: str, w
     FindKernels().run(unit)
     PriceTraffic().run(unit)
     price = unit.cast_prices["x"]["e4m3"]
-    assert price == pytest.approx((ways + 4 + 4) * ELEMENTS / 1e12 + 2 * LAUNCH)
+    assert price == pytest.approx(quantised(4 + 4 + ways, kernels=4))
 
 
 def test_arithmetic_of_fused_kernels_is_part_of_the_fixed_time_of_this_machine() -> None:

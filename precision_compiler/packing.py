@@ -111,9 +111,9 @@ def block_operand(
     """
     elements, codes, whole = block_bytes(x, name, right, blocked, content)
     row = SCALED_FORMATS[name]
-    narrow = torch.float4_e2m1fn_x2 if row.element.bits == 4 else _dtype(row.element)
-    scale = torch.float8_e8m0fnu if row.scaling.scale == "e8m0" else torch.float8_e4m3fn
-    return BlockOperand(elements.view(narrow), codes.view(scale), whole)
+    if row.element_dtype is None:
+        raise TypeError(name)
+    return BlockOperand(elements.view(row.element_dtype), codes.view(row.scale_dtype), whole)
 
 
 def block_bytes(
@@ -133,7 +133,7 @@ def block_bytes(
         scales = made.scales
         if row.scaling_of(content).granularity == "block2d":  # instructions know rows only
             scales = scales.repeat_interleave(row.scaling.size, 0)[: elements.shape[0]]
-        codes = scales.to(torch.float8_e4m3fn).view(torch.uint8)
+        codes = scales.to(row.scale_dtype).view(torch.uint8)
     codes = in_blocks(codes) if blocked else codes
     return BlockOperand(_in_rows(elements), _in_rows(codes), made.tensor_scale)
 

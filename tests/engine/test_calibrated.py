@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from benchmarks.calibration import Calibrated
+from precision_compiler.calibrated import ANCHORS, Calibrated
 
 seconds = st.floats(1e-3, 10.0)
 
@@ -28,3 +28,13 @@ def test_measured_steps_come_out_and_no_time_is_negative(
     assert found.fixed >= 0
     if slow > fast and long > short:
         assert found.seconds(slow) == pytest.approx(long)
+
+
+def test_what_was_measured_decides_how_predictions_are_corrected() -> None:
+    predicted = {"plan": 5.0, "fp32": 10.0, "autocast": 6.0}
+    measured = {"plan": 99.0, "fp32": 21.0, "autocast": 13.0}
+    assert Calibrated.by_anchors(predicted, measured) == Calibrated(2.0, 1.0)
+    for label in ANCHORS:  # a rate from one step
+        one = Calibrated.by_anchors(predicted, {label: measured[label], "plan": 99.0})
+        assert one == Calibrated(measured[label] / predicted[label], 0.0)
+    assert Calibrated.by_anchors(predicted, {"plan": 99.0}) is None
