@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import inf, isfinite
 from typing import ClassVar
 
 from precision_compiler.errors import InternalError
 from precision_compiler.flags import Flag
 from precision_compiler.formats import CHOICES, Format
 from precision_compiler.observation import update_loss
-from precision_compiler.origin import origin_of
+from precision_compiler.origin import constant_copies
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.statistics import Sensitivity, Statistics
 
@@ -41,7 +41,8 @@ class RaiseFlags:
     9. Zero gradient: a parameter whose gradient is float32 noise; no metric counts it.
     10. Accumulation: the target adds products up in a narrow format; a veto where the terms of one
        sign are more than that format has steps, so that sums would stop growing.
-    11. Constants of an ONNX file are the same on every batch: no margin and no drift for them.
+    11. Constants of an ONNX file are the same on every batch: no margin for them, and what their
+       rounding costs is known, below the normal range as well: rule 2 leaves them out.
     12. Update swamping: for a given learning rate, the share of bf16 weights that an update of
        that size would leave unchanged.
     """
@@ -62,10 +63,10 @@ class RaiseFlags:
         """Fill ``unit.flags`` and ``unit.vetoes``."""
         if unit.statistics is None:
             raise InternalError("raise-flags ran without statistics")
-        constants = _constants(unit)
+        constants = constant_copies(unit.joint.module.graph, unit.joint.parameters)
         for site in unit.joint.sites:
             tensors = list(_tensors(unit.statistics, site.name, site.kind))
-            rules = replace(self, margin=0, drift=0) if site.node in constants else self
+            rules = replace(self, margin=0, growth=inf) if site.node in constants else self
             for name in unit.formats_for(site.kind):
                 unit.flags += rules._of_site(site.name, tensors, CHOICES[name])
         for name, seen in unit.statistics.ranges.items():
@@ -133,12 +134,6 @@ class RaiseFlags:
         if tensor.size == 1:
             sentence = "it is a single number: its rounding error on another batch is another draw"
             yield Flag("single-element", site, fmt.name, sentence, {}, False)
-
-
-def _constants(unit: Unit) -> set[str]:
-    """Names of the nodes that stand for constants of an ONNX file."""
-    origins = {node.name: origin_of(node) for node in unit.joint.module.graph.nodes}
-    return {name for name, origin in origins.items() if origin is not None and not origin.node}
 
 
 def _finite(number: float) -> float:
