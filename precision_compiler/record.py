@@ -56,7 +56,7 @@ def plan_of_unit(
         fingerprint=fingerprint(unit.joint.sites),
         loss_origin=loss_origin,
         versions=versions(),
-        totals=_totals(unit, problem, solution, sum(map(is_ours, graph.nodes))),
+        totals=_totals(unit, problem, solution),
         sites=sites,
         nodes=node_choices(graph, sites, _vetoes_by_node(unit)),
         journal=tuple(unit.journal.entries),
@@ -190,7 +190,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _totals(unit: Unit, problem: Problem, solution: Solution, casts: int) -> Totals:
+def _totals(unit: Unit, problem: Problem, solution: Solution) -> Totals:
     return Totals(
         predicted_seconds=solution.seconds,
         predicted_gradient_error=solution.error,
@@ -199,7 +199,7 @@ def _totals(unit: Unit, problem: Problem, solution: Solution, casts: int) -> Tot
         fp32_seconds=problem.seconds(problem.uniform()),
         autocast_seconds=problem.seconds(unit.baseline),
         autocast_gradient_error=problem.error(unit.baseline),
-        casts=casts,
+        casts=len(problem.casts(solution.assignment)),
         predicted_loss_sigma=problem.error(solution.assignment, LOSS),
         predicted_tensor_error=_tensor_error(problem, solution),
         gradient_norm=problem.statistics.gradient_norm,
