@@ -184,11 +184,12 @@ def _sum_error(item: Compared) -> Tensor:
     magnitudes = call(given[0].abs(), *given[1:], **options)
     if base_name(call) != "var_mean":
         return torch.as_tensor(2 * terms * _U * magnitudes)
-    mean = 2 * terms * _U * torch.as_tensor(magnitudes[1])
+    mean: Tensor = 2 * terms * _U * magnitudes[1]
     if item.index == 1:
         return mean
-    variance = call(*given, **options)[0]  # that of an inexact mean is larger by its error squared
-    return 2 * (terms + 5) * _U * torch.as_tensor(variance) + mean * mean
+    # The variance around an inexact mean is larger by its error squared.
+    around: Tensor = 2 * (terms + 5) * _U * call(*given, **options)[0] + mean**2
+    return around
 
 
 def _magnitude(value: Any) -> Any:
