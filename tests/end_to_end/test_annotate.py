@@ -317,3 +317,24 @@ def test_command_annotate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["annotate", *names, *target[:2], "--budget", "noise:1", *target[-2:]]) == 2
     assert "gradient's noise" in capsys.readouterr().err
     read_plan(tmp_path / "out.onnx")
+
+
+def test_command_edit_says_that_it_changes_no_file(
+    annotated: AnnotationReport, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = annotated.path.read_bytes()
+    edited = ["-o", str(tmp_path / "edited.json")]
+    assert main(["edit", str(annotated.path), "--override", "head.fprop=fp16", *edited]) == 0
+    assert "the file is not changed" in " ".join(capsys.readouterr().out.split())
+    assert annotated.path.read_bytes() == before
+
+
+def test_command_annotate_says_why_nothing_is_narrow(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, data = small(tmp_path)
+    np.savez(tmp_path / "data.npz", x=data["x"].numpy())
+    names = ["annotate", str(path), "--calibration", str(tmp_path / "data.npz")]
+    assert main([*names, "--target", "h100", "-o", str(tmp_path / "out.onnx")]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "all fp32: on h100, casts would take longer" in told
