@@ -34,8 +34,8 @@ from precision_compiler.budget import Budget
 from precision_compiler.capture import capture
 from precision_compiler.compiler import decide
 from precision_compiler.files import write_atomically
-from precision_compiler.passes.assign.choose_formats import solve
 from precision_compiler.problem import Problem
+from precision_compiler.solver import solve
 from precision_compiler.target import Target
 
 RECIPES = ("bf16", "e4m3", "mxfp8", "nvfp4")
@@ -69,7 +69,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(shape).permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        found: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return found
 
 
 class Decoder(nn.Module):

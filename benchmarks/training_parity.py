@@ -37,8 +37,10 @@ from torch import Tensor, nn
 from zoo import IGNORED, bert_tiny_folder, load_transformers, shuffled
 
 import precision_compiler
+from precision_compiler.budget import Budget
 from precision_compiler.demo.model import GPT
 from precision_compiler.demo.text import Corpus
+from precision_compiler.errors import BudgetError
 from precision_compiler.files import write_atomically
 from precision_compiler.measure import measured_machine
 from precision_compiler.plan import Plan
@@ -178,13 +180,23 @@ def fortunes() -> dict[str, Tensor]:
     return masked | {"labels": torch.tensor(labels)}
 
 
-def compile_variant(variant: str, model: nn.Module, batch: Any) -> Plan | None:
-    """Compile the model in place as the variant does; returns its plan, if it has one."""
+def recipe_of(variant: str, budget: str | None) -> Recipe | None:
+    """The recipe of a variant with a plan; an emulated one may get another budget.
+
+    The budget of a uniform plan decides nothing, and that for this machine is the default one.
+    """
+    recipe = PLANS.get(variant)
+    if recipe is None or budget is None or recipe.machine == "auto" or recipe.uniform is not None:
+        return recipe
+    return dataclasses.replace(recipe, budget=budget)
+
+
+def compile_variant(recipe: Recipe | None, model: nn.Module, batch: Any) -> Plan | None:
+    """Compile the model in place, by a plan if there is a recipe for one; returns the plan."""
     torch._dynamo.reset()  # frees what the run before compiled
-    if variant not in PLANS:
+    if recipe is None:
         model.compile()
         return None
-    recipe = PLANS[variant]
     if recipe.machine == "auto":
         plan = precision_compiler.make_plan(model, batch, budget=recipe.budget)
         precision_compiler.compile(model, plan=plan)
@@ -205,16 +217,17 @@ def uniform(plan: Plan, fmt: str) -> dict[str, str]:
     }
 
 
-def run(task: Task, seed: int, variant: str, steps: int, tick: Callable[[], object]) -> Record:
-    """Train one variant of one seed; `tick` is called after each step."""
-    model = task.initial(seed)
-    after = PLANS[variant].after if variant in PLANS else 0
-    plan = None if after else compile_variant(variant, model, next(task.batches(seed)))
+def run(task: Task, row: Record, steps: int, tick: Callable[[], object]) -> Record:
+    """Train what `missing` found to be left; `tick` is called after each step."""
+    seed, variant = row["seed"], row["variant"]
+    recipe, model = recipe_of(variant, row["settings"].get("budget")), task.initial(seed)
+    after = 0 if recipe is None else recipe.after
+    plan = None if after else compile_variant(recipe, model, next(task.batches(seed)))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
     curve, seconds = [evaluate(model, task, variant, 0)], []
     for step, batch in enumerate(islice(task.batches(seed), steps), start=1):
         if after and step == after + 1:
-            plan = compile_variant(variant, model, batch)
+            plan = compile_variant(recipe, model, batch)
         optimizer.param_groups[0]["lr"] = learning_rate(step / steps, task.peak)
         seconds.append(train_step(model, batch, variant, optimizer))
         if step * EVALUATIONS // steps > (step - 1) * EVALUATIONS // steps:
@@ -226,7 +239,7 @@ def run(task: Task, seed: int, variant: str, steps: int, tick: Callable[[], obje
         "final_validation_loss": curve[-1]["loss"],
         "mean_step_ms": 1e3 * statistics.fmean(timed),
         "fastest_step_ms": 1e3 * min(timed),
-        "plan": None if plan is None else plan_numbers(variant, plan),
+        "plan": None if recipe is None or plan is None else plan_numbers(recipe, plan),
     }
 
 
@@ -277,19 +290,20 @@ def evaluate(model: nn.Module, task: Task, variant: str, step: int) -> Record:
     return point if isinstance(output, Tensor) else point | {"accuracy": correct / count}
 
 
-def plan_numbers(variant: str, plan: Plan) -> Record:
+def plan_numbers(recipe: Recipe, plan: Plan) -> Record:
     """What a plan is for and predicts, and how many contractions it has in each format."""
     formats = [choice.format for choice in plan.sites.values() if choice.kind == "contraction"]
     return {
-        "recipe": dataclasses.asdict(PLANS[variant]),
+        "recipe": dataclasses.asdict(recipe),
         "predicted_gradient_error": plan.predicted_gradient_error,
         "predicted_seconds": plan.predicted_seconds,
         "contractions": {name: formats.count(name) for name in sorted(set(formats))},
     }
 
 
-def settings_of(task: Task, steps: int) -> Record:
-    """What runs must share to be compared with each other."""
+def settings_of(task: Task, steps: int, budget: str | None) -> Record:
+    """What runs must share to be compared with each other; a budget only where one is asked for."""
+    asked: Record = {} if budget is None else {"budget": budget}
     return {
         "workload": task.name,
         "recipe": task.recipe,
@@ -297,6 +311,7 @@ def settings_of(task: Task, steps: int) -> Record:
         "torch": torch.__version__,
         "machine": measured_machine().description,
         "threads": torch.get_num_threads(),
+        **asked,
     }
 
 
@@ -451,14 +466,31 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--workload", choices=[*TASKS, "both"], default="both", help="(%(default)s)"
     )
+    parser.add_argument(
+        "--budget", type=budget_text, metavar="B",
+        help="of emulated plans, such as 0.05, autocast or noise:0.1, in place of their own "
+        "(0.1); runs with another budget are not compared, fp32 runs again for each",
+    )  # fmt: skip
     return parser.parse_args()
+
+
+def budget_text(text: str) -> str:
+    """A budget as ``make_plan`` takes it, equal ones spelt alike.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        return Budget.parse(text).asked
+    except BudgetError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def main() -> None:
     """Run what the file lacks, and print what it says in the end."""
     args = parsed()
     tasks = [make() for name, make in TASKS.items() if args.workload in (name, "both")]
-    wanted = [settings_of(task, args.steps) for task in tasks]
+    wanted = [settings_of(task, args.steps, args.budget) for task in tasks]
     runs = known_runs(args.output)
     rows = list(missing(tasks, wanted, args.seeds, args.variants, runs))
     console = Console()
@@ -467,7 +499,7 @@ def main() -> None:
         for task, row in rows:
             seed, variant = row["seed"], row["variant"]
             progress.update(bar, description=f"{task.name}, seed {seed}, {variant}")
-            found = run(task, seed, variant, args.steps, lambda: progress.advance(bar))
+            found = run(task, row, args.steps, lambda: progress.advance(bar))
             runs.append(row | found)
             write(args.output, runs, wanted)
             gc.collect()  # compiled models are cycles

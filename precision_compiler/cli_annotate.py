@@ -73,7 +73,8 @@ def _view(report: AnnotationReport) -> Table:
     grid.add_row(
         "[bold]time",
         f"{totals.predicted_seconds * 1e3:.3g} ms predicted on {report.plan.target} "
-        f"(fp32 {totals.fp32_seconds * 1e3:.3g} ms, autocast {totals.autocast_seconds * 1e3:.3g})",
+        f"(fp32 {totals.fp32_seconds * 1e3:.3g} ms, autocast {totals.autocast_seconds * 1e3:.3g} "
+        "ms), all without casts",
     )
     grid.add_row(
         "[bold]error",
@@ -85,4 +86,10 @@ def _view(report: AnnotationReport) -> Table:
         f"{report.nodes} nodes, {report.casts} casts, {report.constant_casts} of them of constants "
         f"({report.original_casts} in the original)",
     )
+    if all(site.format == "fp32" for site in report.plan.sites.values()):
+        grid.add_row(
+            "[bold]formats",
+            f"all fp32: on {report.plan.target}, casts would take longer than narrow formats save, "
+            "or the budget allows none",
+        )
     return grid

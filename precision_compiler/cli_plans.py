@@ -162,6 +162,11 @@ def _edit(options: argparse.Namespace) -> None:
     after.save(options.output)
     console = Console()
     show_difference(compare(before, after), console)
+    if after.measures == "outputs":
+        console.print(
+            "the plan of an ONNX file: the file is not changed, and the casts that it would need "
+            "are not in the plan's time; `annotate` with another budget writes a file"
+        )
     console.print(f"wrote {options.output}", soft_wrap=True)
     if options.verify is not None:
         workload = load_workload(options.verify)

@@ -21,7 +21,7 @@ def edit(plan: Plan, overrides: Mapping[str, str]) -> Plan:
     The problem is the one that the plan carries: no model, no measurement. Overrides of the plan
     stay unless a new one is about the same site; vetoes do not count against them. The result is
     not verified: ``measure_error(model, batch, plan)`` does that. Its predicted loss sigma is that
-    of the plan in proportion to the errors; how many casts the graph gets is predicted too.
+    of the plan in proportion to the errors.
 
     Args:
         plan: carries its decision problem.

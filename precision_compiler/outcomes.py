@@ -23,7 +23,9 @@ class Totals:
         fp32_seconds: predicted time of everything in float32.
         autocast_seconds: predicted time of torch.autocast's bf16 policy over the same sites.
         autocast_gradient_error: predicted error of that policy.
-        casts: cast nodes the rewriting inserts.
+        casts: copies of tensors in a format that they are not stored in, or results that are
+            stored in another format than they come in; each is priced once, however many read it.
+            What fused kernels do in their registers is none.
         predicted_loss_sigma: predicted standard deviation of the loss value, in its own unit.
         predicted_tensor_error: predicted root mean square, over parameter tensors, of the relative
             error of each one's gradient; None where it was not asked for.

@@ -338,8 +338,14 @@ class Solution:
     def later(self, seconds: float) -> "Solution":
         """The same where everything takes so many seconds more."""
         total = self.seconds + seconds
-        gap = (self.seconds - self.bound) / total if total else 0.0
+        gap = _gap(self.seconds - self.bound, total)
         return replace(self, seconds=total, bound=self.bound + seconds, gap=gap)
+
+
+def _gap(difference: float, seconds: float) -> float:
+    """A difference as a share of a time; 0 where it is that of float64 sums in another order."""
+    share = difference / seconds if seconds else 0.0
+    return share if share > 1e-12 else 0.0
 
 
 def judged(problem: Problem, assignment: dict[str, str], bound: float) -> Solution:
@@ -349,5 +355,4 @@ def judged(problem: Problem, assignment: dict[str, str], bound: float) -> Soluti
         raise InternalError(f"the solver returned an illegal assignment: {broken}")
     exact = problem.seconds(assignment)
     bound = min(bound, exact)
-    gap = (exact - bound) / exact if exact else 0.0
-    return Solution(assignment, exact, problem.error(assignment), bound, gap)
+    return Solution(assignment, exact, problem.error(assignment), bound, _gap(exact - bound, exact))

@@ -102,10 +102,20 @@ class Program:
         costs = np.array(self.costs) + rate * noise
         return self._solve(costs, barred, further, 0.0, seconds)
 
-    def quietest(self) -> tuple[dict[str, str], float] | None:
-        """The legal assignment of least variance and a bound on that; None if none is legal."""
-        nothing = np.zeros(len(self.costs), dtype=bool)
-        return self._solve(np.array(self.noise), nothing, [], 0.0, np.inf)
+    def quietest(
+        self, within: float = np.inf, limit: float = np.inf, seconds: float = np.inf
+    ) -> tuple[dict[str, str], float] | None:
+        """The legal assignment of least variance and a bound on that; None if none is legal.
+
+        Args:
+            within: seconds that it may take.
+            limit: a variance that is known to be reached: what exceeds it on its own is left out.
+            seconds: time limit of the solver.
+        """
+        costs, further = np.array(self.costs), []
+        if 0.0 < within < np.inf:
+            further.append(LinearConstraint(costs / within, -np.inf, 1.0))
+        return self._solve(np.array(self.noise), self.barred(limit), further, 0.0, seconds)
 
     @cached_property
     def is_signed(self) -> bool:

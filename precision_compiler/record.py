@@ -58,7 +58,7 @@ def plan_of_unit(
         loss_origin=loss_origin,
         versions=versions(),
         totals=replace(
-            _totals(unit, problem, solution, sum(map(is_ours, graph.nodes))),
+            _totals(unit, problem, solution),
             calibrated=trial.calibrated if trial is not None else None,
         ),
         sites=sites,
@@ -194,7 +194,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _totals(unit: Unit, problem: Problem, solution: Solution, casts: int) -> Totals:
+def _totals(unit: Unit, problem: Problem, solution: Solution) -> Totals:
     return Totals(
         predicted_seconds=solution.seconds,
         predicted_gradient_error=solution.error,
@@ -203,7 +203,7 @@ def _totals(unit: Unit, problem: Problem, solution: Solution, casts: int) -> Tot
         fp32_seconds=problem.seconds(problem.uniform()),
         autocast_seconds=problem.seconds(unit.baseline),
         autocast_gradient_error=problem.error(unit.baseline),
-        casts=casts,
+        casts=len(problem.casts(solution.assignment)),
         predicted_loss_sigma=problem.error(solution.assignment, LOSS),
         predicted_tensor_error=_tensor_error(problem, solution),
         gradient_norm=problem.statistics.gradient_norm,

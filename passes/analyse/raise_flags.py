@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import inf, isfinite
 from typing import ClassVar
 
 from precision_compiler.errors import InternalError
 from precision_compiler.flags import Flag
 from precision_compiler.formats import CHOICES, Format
 from precision_compiler.observation import update_loss
-from precision_compiler.origin import origin_of
+from precision_compiler.origin import constant_copies
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.scaling import hardware_format, is_stochastic, reason_against_recipe
 from precision_compiler.sites import provenance_of
@@ -47,7 +47,8 @@ class RaiseFlags:
     11. Bias (veto): a gradient operand rounded to nearest in so few bits (``unbiased_bits``
        significant ones or less) errs alike from step to step, where the target has a recipe that
        rounds it stochastically.
-    12. Constants of an ONNX file are the same on every batch: no margin and no drift for them.
+    12. Constants of an ONNX file are the same on every batch: no margin for them, and what their
+       rounding costs is known, below the normal range as well: rule 2 leaves them out.
     13. Update swamping: for a given learning rate, the share of bf16 weights that an update of
        that size would leave unchanged.
     """
@@ -69,10 +70,10 @@ class RaiseFlags:
         """Fill ``unit.flags`` and ``unit.vetoes``."""
         if unit.statistics is None:
             raise InternalError("raise-flags ran without statistics")
-        constants = _constants(unit)
+        constants = constant_copies(unit.joint.module.graph, unit.joint.parameters)
         for site in unit.joint.sites:
             tensors = list(_tensors(unit.statistics, site.name, site.kind))
-            rules = replace(self, margin=0, drift=0) if site.node in constants else self
+            rules = replace(self, margin=0, growth=inf) if site.node in constants else self
             for name in unit.formats_for(site.kind):
                 unit.flags += rules._of_site(site.name, tensors, CHOICES[name])
         for name, seen in unit.statistics.ranges.items():
@@ -170,12 +171,6 @@ def _unbiased(name: str, role: str, target: Target) -> str:
         if not reason_against_recipe(other, role, 0)
     )
     return next(recipes, "")
-
-
-def _constants(unit: Unit) -> set[str]:
-    """Names of the nodes that stand for constants of an ONNX file."""
-    origins = {node.name: origin_of(node) for node in unit.joint.module.graph.nodes}
-    return {name for name, origin in origins.items() if origin is not None and not origin.node}
 
 
 def _finite(number: float) -> float:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from precision_compiler.errors import InternalError
 from precision_compiler.formats import CHOICES
-from precision_compiler.origin import origin_of
+from precision_compiler.origin import constant_copies, origin_of
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.problem import Problem, fixes_result, judged
 
@@ -38,14 +38,11 @@ class UnifyFormats:
         if solution is None:
             raise InternalError("unify-formats ran before formats were chosen")
         problem, limit = unit.problem, unit.budget.limit
-        origins = {node.name: origin_of(node) for node in unit.joint.module.graph.nodes}
-        constants = [
-            name
-            for name, site in unit.links.stores.items()
-            if (origin := origins[site.node]) is not None and not origin.node
-        ]
+        graph = unit.joint.module.graph
+        copies = constant_copies(graph, unit.joint.parameters)
+        constants = [name for name, site in unit.links.stores.items() if site.node in copies]
         counts = Counter(name for name in unit.assignment.values() if _is_plain_narrow(name))
-        if not counts or not any(origins.values()):
+        if not counts or not any(map(origin_of, graph.nodes)):
             return False
         for fmt, _ in counts.most_common():
             moved = _moved(problem, unit.assignment, fmt)

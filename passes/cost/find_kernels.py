@@ -63,7 +63,7 @@ def expected_kernels(graph: fx.Graph, saved: frozenset[str]) -> Iterator[Kernel]
     for node in graph.nodes:
         origin = origin_of(node)
         place = depths[node] if origin is None else origin.node
-        if is_fused(node) and place != _CONSTANT:
+        if is_fused(node) and place != _ARGUMENT:
             groups[is_backward(node), place].append(node)
     for (backward, _), nodes in groups.items():
         group = set(nodes)
@@ -76,7 +76,7 @@ def expected_kernels(graph: fx.Graph, saved: frozenset[str]) -> Iterator[Kernel]
         yield Kernel(names, tuple(read), tuple(written), True, backward)
 
 
-_CONSTANT = ""  # the copy of a constant of the file: nothing that runs
+_ARGUMENT = ""  # the copy of a constant or an input of the file: nothing that runs
 
 
 def is_fused(node: fx.Node) -> bool:

@@ -62,8 +62,9 @@ def decide_file(
 ) -> tuple[Decision, Placement]:
     """Choose the formats of a file and where they are carried out.
 
-    What the solver keeps in a narrow format, but no node of the file makes or reads in it, is
-    not rounded there: the plan says float32, so that its error is that of the file.
+    What the solver has in a narrow format, but the file does not, because its casts would take
+    longer or no node makes or reads it so, is not rounded there: the plan says float32, so that
+    its error is that of the file.
 
     Args:
         file: the imported file.
@@ -79,7 +80,7 @@ def decide_file(
     )  # fmt: skip
     unit = decision.unit
     for _ in range(ROUNDS):
-        placement = place(file, unit.assignment, target)
+        placement = place(file, unit.assignment, unit.problem.prices, target)
         found = realised(file, unit.assignment, placement)
         if found == unit.assignment:
             break
@@ -89,7 +90,7 @@ def decide_file(
         batch = held_out or captured[0]
         verification = verify_plan(unit, batch, held_out is not None, progress)
         decision = replace(decision, verification=verification)
-    return decision, place(file, unit.assignment, target)
+    return decision, place(file, unit.assignment, unit.problem.prices, target)
 
 
 def _impossible(file: OnnxFile) -> dict[tuple[str, str], str]:

@@ -7,6 +7,7 @@ by the specification's reference evaluator, which is slow.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,6 @@ _HALVES = frozenset({ir.DataType.BFLOAT16, ir.DataType.FLOAT16})
 _UNKNOWN = frozenset({ir.DataType.FLOAT8E8M0, ir.DataType.FLOAT4E2M1})
 """Formats that onnxruntime's CPU provider can neither compute in nor cast to."""
 _NUMPY_LACKS = _LOW - {ir.DataType.FLOAT16}
-_KERNELS: dict[tuple[object, ...], bool] = {}
-"""What onnxruntime has been asked so far: (operation, opset, types) -> has a kernel."""
 
 
 @dataclass(frozen=True)
@@ -184,42 +183,40 @@ def _has_kernel(node: ir.Node, opsets: Mapping[str, int]) -> bool:
     made = tuple(value.dtype for value in node.outputs)
     if not _LOW.intersection((*types, *made)):
         return True
-    key = (node.domain, node.op_type, opsets[node.domain], types, made)
-    if key not in _KERNELS:
-        _KERNELS[key] = _loads_alone(node, opsets)
-    return _KERNELS[key]
+    return _loads(_alone(node, opsets))
 
 
-def _loads_alone(node: ir.Node, opsets: Mapping[str, int]) -> bool:
-    """Ask onnxruntime: load a model of this one node.
+def _alone(node: ir.Node, opsets: Mapping[str, int]) -> bytes:
+    """A model of one node; the same bytes for all nodes that onnxruntime answers alike for."""
+    given = [
+        None if value is None else ir.Value(name=f"input_{place}", type=value.type)
+        for place, value in enumerate(node.inputs)
+    ]
+    made = [
+        ir.Value(name=f"output_{place}", type=value.type)
+        for place, value in enumerate(node.outputs)
+    ]
+    alone = ir.Node(node.domain, node.op_type, given, node.attributes, outputs=made)
+    held = [value for value in given if value is not None]
+    versions = {node.domain: opsets[node.domain]}
+    graph = ir.Graph(held, made, nodes=[alone], opset_imports=versions, name="probe")
+    return ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
 
-    Only "not implemented" counts as an answer: whatever else is wrong with the node on its own
+
+@lru_cache(maxsize=1024)
+def _loads(model: bytes) -> bool:
+    """Ask onnxruntime whether it has the kernels of a model.
+
+    Only "not implemented" counts as an answer: whatever else is wrong with a node on its own
     will show again, and be reported, when the whole model is loaded.
     """
-    given = {value: _like(value) for value in node.inputs if value is not None}
-    made = [_like(value) for value in node.outputs]
-    alone = ir.Node(
-        node.domain,
-        node.op_type,
-        [given[value] if value is not None else None for value in node.inputs],
-        node.attributes,
-        outputs=made,
-    )
-    graph = ir.Graph(
-        list(given.values()), made, nodes=[alone], opset_imports=dict(opsets), name="probe"
-    )
-    content = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     try:
-        _session(content)
+        _session(model)
     except ort_state.NotImplemented:
         return False
     except ORT_ERRORS:
         return True
     return True
-
-
-def _like(value: ir.Value) -> ir.Value:
-    return ir.Value(name=value.name, type=value.type, shape=value.shape)
 
 
 def _session(model: bytes | str, folder: Path | None = None) -> onnxruntime.InferenceSession:

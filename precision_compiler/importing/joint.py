@@ -23,15 +23,15 @@ def joint_of(imported: Imported) -> JointGraph:
     """Capture an imported graph.
 
     Every ONNX value that is computed becomes a place whose format can be decided: a runtime
-    executes the file node by node and keeps each of them in memory. So do float constants that
-    anything but a contraction reads: a copy of them stands in the graph, since only what is
-    computed has a place.
+    executes the file node by node and keeps each of them in memory. So do float constants and
+    inputs that anything but a contraction computes with: a copy of them stands in the graph, since
+    only what is computed has a place.
     """
     with torch.no_grad():
         joint = trace_joint(imported.module, imported.arguments)
     joint.names = list(imported.names)
     _tag_values(joint.module.graph, imported.results)
-    _hold_constants(joint)
+    _hold_arguments(joint)
     joint.module.recompile()
     return joint.with_inputs(imported.arguments)  # which names the sites
 
@@ -46,25 +46,25 @@ def _tag_values(graph: fx.Graph, results: Mapping[str, str]) -> None:
             set_origin(root, Origin(name, results[name]))
 
 
-def _hold_constants(joint: JointGraph) -> None:
+def _hold_arguments(joint: JointGraph) -> None:
     graph, mover = joint.module.graph, Mover(joint.module.graph)
     names = dict(zip(graph.find_nodes(op="placeholder"), joint.names, strict=True))
     last = list(names)[-1]
     for holder, name in names.items():
-        if holder.name not in joint.parameters or not is_float32(holder):
+        if not is_float32(holder):
             continue
         readers = [pair for pair in uses_past_movement(holder) if _computes_with(*pair)]
         if not readers:
             continue
         copy = insert_call(graph, aten.mul.Tensor, (holder, 1.0), after=last, like=holder)
         set_origin(copy, Origin("", name))
-        copy.meta["nn_module_stack"] = {name: (name, "constant")}
+        copy.meta["nn_module_stack"] = {name: (name, "argument")}
         for user, through in readers:
             user.replace_input_with(through, mover.moved(copy, holder, through))
 
 
 def _computes_with(user: fx.Node, argument: fx.Node) -> bool:
-    """Whether a node computes with a constant: not a contraction, and not a mere selection of it.
+    """Whether a node computes with a value: not a contraction, and not a mere selection of it.
 
     What selects (an embedding) can be rounded after as well as before.
     """

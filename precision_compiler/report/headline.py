@@ -99,7 +99,9 @@ def facts(plan: Plan) -> list[Fact]:
 def particulars(plan: Plan) -> list[Fact]:
     """What else the plan says of itself, totals that this program does not know included."""
     totals = asdict(plan.totals)
-    size = f"{len(plan.sites)} sites, {len(plan.nodes)} nodes, {plan.totals.casts} casts"
+    size = f"{len(plan.sites)} sites, {len(plan.nodes)} nodes"
+    if plan.measures != "outputs":  # an ONNX file's casts are not those of its plan
+        size += f", {plan.totals.casts} casts"
     made_by = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
     return [
         Fact("graph", size),

@@ -1,7 +1,6 @@
 """A plan as tables in a terminal. Reads the plan only."""
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,7 +61,7 @@ def totals_view(plan: Plan) -> RenderableType:
     """What the plan promises, against what it was compared with."""
     totals = plan.totals
     grid = Table.grid(padding=(0, 2))
-    grid.add_row("[bold]time", _time_line(totals))
+    grid.add_row("[bold]time", _time_line(plan))
     if totals.calibrated is not None:
         grid.add_row("[bold]calibrated", calibrated_line(plan))
     grid.add_row("[bold]error", _error_line(plan))
@@ -93,12 +92,22 @@ def contraction_rows(sites: Mapping[str, SiteChoice]) -> list[Row]:
         if choice.kind == "contraction":
             module, _, role = name.rpartition(".")
             modules[module][role] = choice
+    layers = _layers(modules)
     groups: dict[tuple[str, tuple[str | None, ...]], list[str]] = defaultdict(list)
     for module, choices in modules.items():
         formats = tuple(choices[role].format if role in choices else None for role in ROLES)
-        groups[_without_layer(module), formats].append(module)
+        groups[layers[module][0], formats].append(module)
     return [
-        _row(pattern, formats, members, modules) for (pattern, formats), members in groups.items()
+        Row(
+            module=pattern,
+            layers=tuple(layer for name in names if (layer := layers[name][1]) is not None),
+            formats=formats,
+            seconds=sum(choice.seconds for name in names for choice in modules[name].values()),
+            variance_share=sum(
+                choice.variance_share for name in names for choice in modules[name].values()
+            ),
+        )
+        for (pattern, formats), names in groups.items()
     ]
 
 
@@ -107,15 +116,17 @@ def contractions_table(sites: Mapping[str, SiteChoice]) -> Table:
     table = Table(title="Contractions: format of the operands", title_justify="left")
     table.add_column("module", overflow="fold")
     table.add_column("layers", justify="right")
-    for role in ROLES:
-        table.add_column(role)
+    rows = contraction_rows(sites)
+    shown = [place for place in range(len(ROLES)) if any(row.formats[place] for row in rows)]
+    for place in shown:
+        table.add_column(ROLES[place])
     table.add_column("ms", justify="right")
     table.add_column("of error", justify="right")
-    for row in contraction_rows(sites):
+    for row in rows:
         table.add_row(
             row.module,
             layer_ranges(row.layers),
-            *(format_text(name) for name in row.formats),
+            *(format_text(row.formats[place]) for place in shown),
             milliseconds(row.seconds),
             f"{row.variance_share:.1%}",
         )
@@ -208,37 +219,38 @@ def format_text(name: str | None) -> Text:
     return Text(name, style=STYLES.get(name, NARROW_STYLE))
 
 
-def _row(
-    pattern: str,
-    formats: tuple[str | None, ...],
-    members: Iterable[str],
-    modules: Mapping[str, Mapping[str, SiteChoice]],
-) -> Row:
-    names = list(members)
-    choices = [choice for name in names for choice in modules[name].values()]
-    return Row(
-        module=pattern,
-        layers=tuple(layer for name in names if (layer := _layer(name)) is not None),
-        formats=formats,
-        seconds=sum(choice.seconds for choice in choices),
-        variance_share=sum(choice.variance_share for choice in choices),
-    )
+def _layers(modules: Iterable[str]) -> dict[str, tuple[str, int | None]]:
+    """Each module with `*` for the number of its layer, and that number; None where it has none.
+
+    Of several numbers it is the first that is not the same everywhere: not the 0 of
+    `model.0.encoder.layer.3.attention`, where nothing is called `model.1`.
+    """
+    alike: dict[str, list[list[str]]] = defaultdict(list)
+    for module in modules:
+        parts = module.split(".")
+        alike[".".join("*" if part.isdigit() else part for part in parts)].append(parts)
+    found: dict[str, tuple[str, int | None]] = {}
+    for pattern, members in alike.items():
+        places = [place for place, part in enumerate(pattern.split(".")) if part == "*"]
+        several = (place for place in places if len({parts[place] for parts in members}) > 1)
+        layer = next(several, places[0] if places else None)
+        for parts in members:
+            if layer is None:
+                found[".".join(parts)] = pattern, None
+            else:
+                starred = ".".join((*parts[:layer], "*", *parts[layer + 1 :]))
+                found[".".join(parts)] = starred, int(parts[layer])
+    return found
 
 
-def _without_layer(module: str) -> str:
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", module, count=1)
-
-
-def _layer(module: str) -> int | None:
-    found = re.search(r"(?:^|\.)(\d+)(?=\.|$)", module)
-    return int(found.group(1)) if found else None
-
-
-def _time_line(totals: Totals) -> str:
+def _time_line(plan: Plan) -> str:
+    """Casts of an ONNX file are the file's: its plan knows neither their number nor their time."""
+    totals, of_file = plan.totals, plan.measures == "outputs"
     return (
-        f"{milliseconds(totals.predicted_seconds)} ms per step predicted"
+        f"{milliseconds(totals.predicted_seconds)} ms per {'run' if of_file else 'step'} predicted"
         f" (fp32 {_compared(totals.fp32_seconds, totals)},"
-        f" autocast {_compared(totals.autocast_seconds, totals)}), {totals.casts} casts"
+        f" autocast {_compared(totals.autocast_seconds, totals)}), "
+        + ("without the file's casts" if of_file else f"{totals.casts} casts")
     )
 
 

@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-import precision_compiler
 from precision_compiler.annotate import AnnotationReport, annotate_onnx
 from precision_compiler.cli import main
 from precision_compiler.errors import BudgetError, ExportError, OnnxImportError
@@ -24,6 +23,7 @@ from precision_compiler.export.onnx_emulation import run_file
 from precision_compiler.replay import relative_error
 from precision_compiler.report.headline import facts
 from precision_compiler.report.show import show_plan
+from precision_compiler.target import Target
 from tests.onnx_files import Array, Block, export, naive_fp16, outlier_file
 
 Files = tuple[Path, Array, Array]
@@ -42,6 +42,11 @@ def annotated(outliers: Files) -> AnnotationReport:
     )
 
 
+def launchless() -> Target:
+    """A machine on which casts pay for the smallest models as well."""
+    return replace(Target.load("h100"), launch_seconds=0.0)
+
+
 def outputs(path: Path, x: Array) -> list[torch.Tensor]:
     """What the file says, every rounding of it."""
     return run_file(path, {"x": torch.from_numpy(x)}, every_rounding=True).outputs
@@ -55,18 +60,20 @@ def test_outliers_that_break_fp16_do_no_harm(outliers: Files, annotated: Annotat
     theirs = relative_error(outputs(naive, x), wanted)
     assert ours < 1e-3
     assert not theirs < 0.1  # not a number counts as well
-    assert annotated.casts <= 10  # two for each of the five norms, whose squares leave fp16
+    assert annotated.casts <= 6  # two for each of the three norms whose squares leave fp16
     assert annotated.original_casts == annotated.constant_casts == 0
 
 
 def test_most_of_the_work_is_in_narrow_formats(annotated: AnnotationReport) -> None:
     plan = read_plan(annotated.path)
-    products = Counter(site.format for site in plan.sites.values() if site.kind == "contraction")
-    assert products["fp32"] == 0
+    products = {name: site for name, site in plan.sites.items() if site.kind == "contraction"}
+    # Its two casts would take longer than they save; nothing else is near it that is narrow.
+    assert [name for name, site in products.items() if site.format == "fp32"] == ["head.fprop"]
+    assert "more in casts" in products["head.fprop"].reason
     model = onnx.load(annotated.path)
     halves = {value.name for value in model.graph.initializer if value.data_type == 10}
     read = [name for node in model.graph.node if node.op_type == "MatMul" for name in node.input]
-    assert len(halves & set(read)) == 13
+    assert len(halves & set(read)) == 12
     assert _weights(annotated.path) < 0.6 * _weights(annotated.path.with_name("model.onnx"))
 
 
@@ -79,7 +86,9 @@ def test_error_is_as_predicted_and_within_budget(annotated: AnnotationReport) ->
     assert annotated.held_out_error is not None
     for measured in (annotated.measured_error, annotated.held_out_error):
         assert measured <= limit
-        assert 0.67 < measured / annotated.predicted_error < 1.5
+        # 25000 is in the middle of two fp16 numbers; once it is rounded, sums with it stay there,
+        # and what is predicted of their further roundings does not happen.
+        assert 0.5 < measured / annotated.predicted_error < 1.5
 
 
 @pytest.mark.parametrize(("target", "budget"), [("h100", 1e-4), ("v100", 1e-3), ("tpu-v5e", 0.02)])
@@ -90,7 +99,7 @@ def test_budgets_and_targets(target: str, budget: float, outliers: Files, tmp_pa
     # The outliers make the rows' norms nearly alike: their roundings are not spread evenly.
     assert 0.5 < found.measured_error / found.predicted_error < 1.5
     formats = {site.format for site in found.plan.sites.values()}
-    assert formats <= {"fp32", *precision_compiler.Target.load(target).formats} - {"tf32"}
+    assert formats <= {"fp32", *Target.load(target).formats} - {"tf32"}
     assert formats != {"fp32"}
 
 
@@ -163,7 +172,7 @@ def test_other_shapes_than_the_calibration_data_has(dynamo: bool, tmp_path: Path
     axes = {"x": {0: "batch", 1: "length"}}
     path = export(Block(16), (x,), ["x"], tmp_path / "model.onnx", 17 + dynamo, dynamo, axes)
     data = [{"x": x}, {"x": torch.randn(2, 7, 16)}]
-    found = annotate_onnx(path, data, tmp_path / "out.onnx", target="h100", budget=0.01)
+    found = annotate_onnx(path, data, tmp_path / "out.onnx", target=launchless(), budget=0.01)
     assert found.casts > 0
     other = np.random.default_rng(0).standard_normal((5, 9, 16)).astype(np.float32)
     assert relative_error(outputs(found.path, other), outputs(path, other)) < 0.01
@@ -184,7 +193,8 @@ def test_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
     onnx.save(onnx.load(path), apart, save_as_external_data=True, size_threshold=1024)
     for entry in apart.parent.iterdir():
         assert entry.stat().st_size
-    found = annotate_onnx(apart, data, tmp_path / "out.onnx", target="h100", budget=0.01)
+    found = annotate_onnx(apart, data, tmp_path / "out.onnx", target=launchless(), budget=0.01)
+    assert found.casts > 0
     for entry in list(apart.parent.iterdir()):
         entry.unlink()
     assert outputs(found.path, data["x"].numpy())[0].isfinite().all()
@@ -220,8 +230,7 @@ def test_convolutions_embeddings_and_shared_outputs(opset: int, tmp_path: Path) 
     given = (torch.randn(4, 3, 16, 16), torch.randint(0, 50, (4, 9)))
     path = export(Pictures(), given, ["pixels", "ids"], tmp_path / "model.onnx", opset)
     data = dict(zip(["pixels", "ids"], given, strict=True))
-    launchless = replace(precision_compiler.Target.load("h100"), launch_seconds=0.0)
-    found = annotate_onnx(path, data, tmp_path / "out.onnx", target=launchless, budget=0.01)
+    found = annotate_onnx(path, data, tmp_path / "out.onnx", target=launchless(), budget=0.01)
     assert found.casts > 0
     assert 0.5 < found.measured_error / found.predicted_error < 1.5
     assert set(found.plan.verification.measured.tensors) == {"output_0", "output_1"}  # type: ignore[union-attr]
@@ -308,3 +317,24 @@ def test_command_annotate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["annotate", *names, *target[:2], "--budget", "noise:1", *target[-2:]]) == 2
     assert "gradient's noise" in capsys.readouterr().err
     read_plan(tmp_path / "out.onnx")
+
+
+def test_command_edit_says_that_it_changes_no_file(
+    annotated: AnnotationReport, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = annotated.path.read_bytes()
+    edited = ["-o", str(tmp_path / "edited.json")]
+    assert main(["edit", str(annotated.path), "--override", "head.fprop=fp16", *edited]) == 0
+    assert "the file is not changed" in " ".join(capsys.readouterr().out.split())
+    assert annotated.path.read_bytes() == before
+
+
+def test_command_annotate_says_why_nothing_is_narrow(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, data = small(tmp_path)
+    np.savez(tmp_path / "data.npz", x=data["x"].numpy())
+    names = ["annotate", str(path), "--calibration", str(tmp_path / "data.npz")]
+    assert main([*names, "--target", "h100", "-o", str(tmp_path / "out.onnx")]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "all fp32: on h100, casts would take longer" in told

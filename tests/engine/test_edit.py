@@ -10,12 +10,13 @@ import torch
 import precision_compiler
 from precision_compiler.budget import Budget
 from precision_compiler.calibrated import Calibrated
-from precision_compiler.compiler import plan_for, rewritten
+from precision_compiler.compiler import decide, plan_for, rewritten
 from precision_compiler.edit import edit
 from precision_compiler.errors import BudgetError, PlanError
 from precision_compiler.joint import JointGraph
 from precision_compiler.overrides import OVERRIDE
 from precision_compiler.plan import Plan
+from precision_compiler.report.diff import compare
 from precision_compiler.solver import solve
 from precision_compiler.thaw import problem_of
 from tests.helpers import machine
@@ -80,6 +81,19 @@ def test_an_edit_of_nothing_else_leaves_everything_else() -> None:
     found = edit(plan, {SITE: plan.sites[SITE].format})
     assert found.predicted_seconds == pytest.approx(plan.predicted_seconds, rel=2e-3)
     assert found.fingerprint == plan.fingerprint
+
+
+@pytest.mark.parametrize("fmt", ["fp32", "bf16"])
+def test_casts_are_counted_as_those_of_a_new_plan_are(fmt: str) -> None:
+    budget = Budget.parse(0.004)
+    found = edit(tight(), {SITE: fmt})
+    anew = decide(captured("gpt"), machine(), budget, overrides={SITE: fmt}).plan()
+    assert found.assignment == anew.assignment  # or the counts may differ for that reason
+    assert found.totals.casts == anew.totals.casts > 0
+    unchanged = edit(tight(), {SITE: tight().sites[SITE].format})
+    assert unchanged.totals.casts == tight().totals.casts
+    differing = {change.name for change in compare(tight(), unchanged).totals}
+    assert not differing & {"casts", "gap"}
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "mlp"])

@@ -1,7 +1,7 @@
 """The runner: order, bookkeeping, and what it says when a pass goes wrong."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -11,7 +11,9 @@ from precision_compiler.errors import BudgetError, InternalError, OrderError, Ve
 from precision_compiler.graph import aten
 from precision_compiler.passes import DECIDE, DEFAULT, REWRITE
 from precision_compiler.pipeline import Numerics, Pass, Pipeline, Unit
-from tests.helpers import graph, machine, text, unit_of
+from precision_compiler.problem import Solution
+from precision_compiler.statistics import Statistics
+from tests.helpers import graph, joint_of, machine, text, unit_of
 
 TEXT = "x:f32[32,32] | a = relu x | b = mm a a | return b"
 
@@ -141,3 +143,28 @@ def test_target_and_problem_asked_for_too_early_are_our_bugs() -> None:
         _ = unit_of(graph(TEXT)).target
     with pytest.raises(InternalError, match="before the statistics"):
         _ = unit_of(graph(TEXT), target=machine()).problem
+
+
+def test_a_unit_to_rewrite_has_all_findings_and_a_graph_and_journal_of_its_own() -> None:
+    unit = unit_of(graph(TEXT), {})
+    unit.machine = replace(machine(), compute_capability="9.0", device="cuda")
+    unit.statistics = Statistics({}, {}, {})
+    unit.joint = joint_of(graph("x:f32[32,32] | a = relu x | return a"))  # no sites to measure
+    unit.journal.note("analyse", "something was found")
+    solution = Solution({"site": "bf16"}, 1.0, 0.1, 1.0, 0.0)
+    before = dict(unit.assignment)
+    links, problem, nodes = unit.links, unit.problem, len(unit.joint.module.graph.nodes)
+    twin = unit.to_rewrite(unit.joint.copy(), solution)
+    assert (twin.assignment, twin.solution) == ({"site": "bf16"}, solution)
+    assert twin.architecture == "sm_90"
+    assert (unit.assignment, unit.solution, unit.architecture) == (before, None, "")
+    # They are of the graph as captured: after rewriting, nobody could work them out again.
+    assert twin.links is links
+    assert twin.problem is problem
+    twin.joint.module.graph.erase_node(twin.joint.module.graph.output_node())
+    twin.journal.note("rewrite", "something was done")
+    twin.assignment["site"] = "fp16"
+    assert len(unit.joint.module.graph.nodes) == nodes
+    assert [entry.step for entry in unit.journal.entries] == ["analyse"]
+    assert [entry.step for entry in twin.journal.entries] == ["analyse", "rewrite"]
+    assert solution.assignment == {"site": "bf16"}

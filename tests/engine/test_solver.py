@@ -189,3 +189,35 @@ def test_float32_is_the_answer_where_there_was_no_time_for_another(
     assert found.assignment == {"c0": "fp32"}
     assert found.bound == 0.0
     assert found.gap == 1.0
+
+
+@settings(many, max_examples=150)
+@given(problems(), problems(), PARTS)
+def test_no_assignment_of_a_part_errs_less_in_the_same_time(
+    one: Problem, other: Problem, part: float
+) -> None:
+    problem = side_by_side(one, other)
+    limit = fitting(one, part) ** 2 + fitting(other, part) ** 2
+    chosen = solve(problem, limit**0.5, GAP).assignment
+    for each in split(problem):
+        own = {name: chosen[name] for name in each.options}
+        seconds = plain_seconds(each, own)
+        least = min(
+            each.variance(known)
+            for known in legal_assignments(each)
+            if plain_seconds(each, known) <= seconds * (1 + 1e-9)
+            and trusted(each, known, max(0.0, each.variance(own)) ** 0.5)
+        )
+        assert each.variance(own) <= max(0.0, least) * (1 + 1e-5) + 2e-6 * limit
+
+
+def test_of_formats_that_take_the_same_time_the_more_accurate_one_is_taken() -> None:
+    problem = readers(1.0)
+    flat = {
+        name: dict.fromkeys(prices, 1e-6) for name, prices in problem.prices.contractions.items()
+    }
+    free = {name: dict.fromkeys(prices, 0.0) for name, prices in problem.prices.casts.items()}
+    even = replace(problem, prices=replace(problem.prices, contractions=flat, casts=free))
+    found = solve(even, 1.0, GAP)
+    assert found.error == 0.0
+    assert found.seconds == plain_seconds(even, found.assignment)

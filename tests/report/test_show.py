@@ -188,3 +188,26 @@ def test_layer_ranges(layers: tuple[int, ...], text: str) -> None:
 )
 def test_milliseconds_keep_three_digits(seconds: float, text: str) -> None:
     assert milliseconds(seconds) == text
+
+
+def test_the_number_that_tells_layers_apart_is_the_layer() -> None:
+    names = [f"net.0.encoder.{layer}.expert.1.fc.fprop" for layer in (3, 4, 7)]
+    one = site("contraction", "fprop", "bf16")
+    sites = dict.fromkeys((*names, "net.0.pool.fprop", "head.fprop"), one)
+    rows = [(row.module, row.layers) for row in contraction_rows(sites)]
+    assert rows == [
+        ("net.0.encoder.*.expert.1.fc", (3, 4, 7)),
+        ("net.*.pool", (0,)),
+        ("head", ()),
+    ]
+
+
+def test_plans_of_files_name_no_casts_and_only_what_there_is(plan: Plan) -> None:
+    sites = {name: one for name, one in plan.sites.items() if one.role not in ("dgrad", "wgrad")}
+    text = printed(replace(plan, sites=sites, measures="outputs"))
+    assert "ms per run predicted" in text
+    assert "73 casts" not in text
+    assert "fprop" in text
+    assert "dgrad" not in text
+    assert "73 casts" in printed(plan)
+    assert "dgrad" in printed(plan)
