@@ -52,6 +52,7 @@ KINDS = ("computers", "songs-poems", "politics", "science", "startrek", "definit
 FORTUNE_TOKENS, FORTUNE_BATCH, FORTUNES_HELD_OUT = 64, 32, 600
 WARM_UP = 0.1  # of the steps, linear; then a cosine down to a tenth of the peak
 EVALUATIONS = 20
+REHEARSED = 4  # batches that a rehearsal trains on in turn
 UNTIMED = 3  # first steps, which compile
 
 
@@ -63,15 +64,15 @@ class Recipe:
         machine: a shipped target without memory's limits, emulated; "auto" for this machine.
         formats: that plans choose from.
         budget: largest relative gradient error.
-        uniform: format of every matrix product that it fits, whatever the solver says.
-        after: steps in float32 before the plan is made, for the model as it is then.
+        uniform: the first of these that a matrix product may have, whatever the solver says.
+        rehearsal: steps in float32 on copies of the weights, before errors are measured.
     """
 
     machine: str
     formats: tuple[str, ...]
     budget: float | str
-    uniform: str | None = None
-    after: int = 0
+    uniform: tuple[str, ...] = ()
+    rehearsal: int = 0
 
 
 WIDE = ("fp32", "bf16")
@@ -80,8 +81,8 @@ PLANS = {
     "fp8 plan": Recipe("h100", (*WIDE, "tf32", "fp16", "e4m3", "e5m2"), 0.1),
     "mxfp8 plan": Recipe("b200", (*WIDE, "mxfp8"), 0.1),
     "nvfp4 plan": Recipe("b200", (*WIDE, "mxfp8", "nvfp4"), 0.1),
-    "late nvfp4 plan": Recipe("b200", (*WIDE, "mxfp8", "nvfp4"), 0.1, after=100),
-    "all nvfp4": Recipe("b200", (*WIDE, "nvfp4"), 1.0, "nvfp4"),
+    "rehearsed nvfp4 plan": Recipe("b200", (*WIDE, "mxfp8", "nvfp4"), 0.1, rehearsal=50),
+    "all nvfp4": Recipe("b200", (*WIDE, "nvfp4"), 1.0, ("nvfp4", "nvfp4_sr")),
 }
 VARIANTS = ("fp32", "autocast", *PLANS)
 TOLERANCE = 0.0025  # relative loss error that published fp8 training stays within
@@ -186,48 +187,50 @@ def recipe_of(variant: str, budget: str | None) -> Recipe | None:
     The budget of a uniform plan decides nothing, and that for this machine is the default one.
     """
     recipe = PLANS.get(variant)
-    if recipe is None or budget is None or recipe.machine == "auto" or recipe.uniform is not None:
+    if recipe is None or budget is None or recipe.machine == "auto" or recipe.uniform:
         return recipe
     return dataclasses.replace(recipe, budget=budget)
 
 
-def compile_variant(recipe: Recipe | None, model: nn.Module, batch: Any) -> Plan | None:
+def compile_variant(recipe: Recipe | None, model: nn.Module, task: Task, seed: int) -> Plan | None:
     """Compile the model in place, by a plan if there is a recipe for one; returns the plan."""
     torch._dynamo.reset()  # frees what the run before compiled
     if recipe is None:
         model.compile()
         return None
+    batch, *further = islice(task.batches(seed), REHEARSED if recipe.rehearsal else 1)
     if recipe.machine == "auto":
         plan = precision_compiler.make_plan(model, batch, budget=recipe.budget)
         precision_compiler.compile(model, plan=plan)
         return plan
     target = compute_bound(recipe.machine, recipe.formats)
-    plan = precision_compiler.make_plan(model, batch, target=target, budget=recipe.budget)
-    if recipe.uniform is not None:
+    plan = precision_compiler.make_plan(
+        model, batch, target=target, budget=recipe.budget, calibration=further,
+        rehearsal=recipe.rehearsal, learning_rate=task.peak,
+    )  # fmt: skip
+    if recipe.uniform:
         plan = plan.with_formats(uniform(plan, recipe.uniform))
     precision_compiler.emulate(model, plan)
     return plan
 
 
-def uniform(plan: Plan, fmt: str) -> dict[str, str]:
-    """A format for every product that may have it; what the plan has for everything else."""
-    return {
-        name: fmt if fmt in choice.options and choice.options[fmt].veto is None else choice.format
-        for name, choice in plan.sites.items()
-    }
+def uniform(plan: Plan, formats: Sequence[str]) -> dict[str, str]:
+    """The first format that every product may have; what the plan has for everything else."""
+    found = {}
+    for name, choice in plan.sites.items():
+        open_ones = {fmt for fmt, option in choice.options.items() if option.veto is None}
+        found[name] = next((fmt for fmt in formats if fmt in open_ones), choice.format)
+    return found
 
 
 def run(task: Task, row: Record, steps: int, tick: Callable[[], object]) -> Record:
     """Train what `missing` found to be left; `tick` is called after each step."""
     seed, variant = row["seed"], row["variant"]
     recipe, model = recipe_of(variant, row["settings"].get("budget")), task.initial(seed)
-    after = 0 if recipe is None else recipe.after
-    plan = None if after else compile_variant(recipe, model, next(task.batches(seed)))
+    plan = compile_variant(recipe, model, task, seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
     curve, seconds = [evaluate(model, task, variant, 0)], []
     for step, batch in enumerate(islice(task.batches(seed), steps), start=1):
-        if after and step == after + 1:
-            plan = compile_variant(recipe, model, batch)
         optimizer.param_groups[0]["lr"] = learning_rate(step / steps, task.peak)
         seconds.append(train_step(model, batch, variant, optimizer))
         if step * EVALUATIONS // steps > (step - 1) * EVALUATIONS // steps:
