@@ -153,7 +153,7 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="of the training: warns of updates that narrow weights would lose",
     )  # fmt: skip
     parser.add_argument(
-        "--rehearse", type=int, default=0, metavar="N",
+        "--rehearse", type=_positive, default=0, metavar="N",
         help="plan for the model as it is after N steps of AdamW in float32, on copies of its "
         "weights (default: %(default)s; 50 for a model that starts from random weights)",
     )  # fmt: skip

@@ -62,6 +62,7 @@ def _facts(target: Target) -> Mapping[str, str]:
         "units": str(target.units) if target.units else "not modelled",
         "kernel": f"{target.launch_seconds * 1e6:.1f} us launch, {target.ramp_seconds * 1e6:.1f} "
         f"us ramp; {target.issue_seconds * 1e6:.1f} us each when quantising",
+        "recipes": ", ".join(target.recipes) or "none",
         "power limit": f"long products at {target.sustained_fraction:.0%} of the rate of short",
     }
 
