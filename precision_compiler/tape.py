@@ -185,7 +185,7 @@ class Tape:
         recording = torch.is_grad_enabled()
         for node in chunk.reads:
             value = _still(self.values[node])
-            if recording and _is_float(value):
+            if recording and _is_float(value) and node not in self.primals:
                 chunk.leaves[node] = value.requires_grad_()
             found[node] = value
         for node in chunk.nodes:
@@ -255,7 +255,7 @@ class Tape:
             arrived(name)
             found = _derivatives(outputs, inputs, retain=name != active[-1])
             for node, value in zip(chunk.leaves, found, strict=False):
-                if value is not None and node not in self.primals:
+                if value is not None:
                     _accumulate(known, node, value)
         chunk.leaves, chunk.made, chunk.constants = {}, {}, []
         for node in chunk.gives:
