@@ -1,5 +1,6 @@
 """Tell operations that only move bits: what they make is rounded where their sources are."""
 
+import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -91,6 +92,8 @@ def _aligned(node: fx.Node, stored: Collection[fx.Node]) -> tuple[fx.Node, ...]:
 
 def _is_elementwise(node: fx.Node) -> bool:
     """Whether a node's elements may be those of its arguments, moved or changed one by one."""
+    if node.target is operator.getitem:
+        return _is_elementwise(node.all_input_nodes[0])
     if node.op != "call_function" or contraction_rule(node) is not None:
         return False
     tags = getattr(node.target, "tags", ())

@@ -10,6 +10,7 @@ from torch import fx
 
 from precision_compiler.accumulation import Accumulator
 from precision_compiler.attention import substitutes
+from precision_compiler.chunks import Chunk
 from precision_compiler.exactness import cone_of
 from precision_compiler.facts import facts_of
 from precision_compiler.formats import Format, quantised
@@ -33,7 +34,7 @@ from precision_compiler.statistics import (
     TensorGradient,
     unweighted,
 )
-from precision_compiler.tape import Chunk, Values
+from precision_compiler.tape import Values
 from precision_compiler.watched import Key, Watched
 
 _Place = fx.Node | tuple[str, int]

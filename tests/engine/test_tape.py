@@ -12,9 +12,10 @@ from torch import Tensor, fx
 
 from precision_compiler.attention import substitutes
 from precision_compiler.capture import Captured
+from precision_compiler.chunks import CHUNKS, Chunk, saved_bytes
 from precision_compiler.graph import CONVERT
 from precision_compiler.replay import Replay, execute, gradients_of, relative_error
-from precision_compiler.tape import CHUNKS, Chunk, Tape, Values, saved_bytes
+from precision_compiler.tape import Tape, Values
 from tests.helpers import graph, joint_of
 from tests.models import MODELS, captured
 
