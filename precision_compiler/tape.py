@@ -16,9 +16,13 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision_compiler.capture import Captured
-from precision_compiler.chunks import CHUNKS, Chunk, affordable, cut, saved_bytes
+from precision_compiler.chunks import Chunk, affordable, frugal, phases, saved_bytes
 from precision_compiler.graph import contraction_rule, reached_from, value_of
+from precision_compiler.heap import spare_memory_returned
 from precision_compiler.replay import is_step, tangent_positions
+
+SPARE = 0.3
+"""Share of the memory in use that may be free between chunks: what is free lies in pieces."""
 
 Values = Callable[[fx.Node], Any]
 """Gives the value that a node has while a chunk runs."""
@@ -61,12 +65,13 @@ class Tape:
         assert isinstance(results, (list, tuple))
         self.results = list(results[: joint.outputs])
         self.gradients = joint.goals
-        later = reached_from(self.tangents) if self.tangents else set()
         steps = [node for node in graph.nodes if is_step(node)]
         self._sizes = {node: saved_bytes(node) for node in steps}
-        size = max(1, sum(self._sizes.values()) // CHUNKS)
-        self.forward = cut([node for node in steps if node not in later], self._sizes, size)
-        self.backward = cut([node for node in steps if node in later], self._sizes, size)
+        own, ends = (_nodes(self.results), _nodes(self.gradients))
+        forward, backward = phases(steps, own, self.tangents)
+        read = {source for node in backward for source in node.all_input_nodes}
+        parts = (forward, [*read, *own, *ends]), (backward, [*own, *ends])
+        self.forward, self.backward = frugal(parts, self._sizes)
         self.kept = affordable(self.chunks, memory)
         self._connect()
         self.values: dict[fx.Node, Any] = {}
@@ -144,6 +149,7 @@ class Tape:
         with torch.set_grad_enabled(id(chunk) in self.kept):
             made = self._execute(chunk)
         self.values.update((node, _still(value)) for node, value in made.items())
+        spare_memory_returned(SPARE)
 
     def _execute(self, chunk: Chunk) -> dict[fx.Node, Any]:
         torch.manual_seed(self.seed + self.chunks.index(chunk))
@@ -237,6 +243,7 @@ class Tape:
         chunk.leaves, chunk.made, chunk.constants = {}, {}, []
         for node in chunk.gives:
             self.values.pop(node, None)
+        spare_memory_returned(SPARE)
 
 
 @dataclass
@@ -300,6 +307,10 @@ def _derivatives(
         return [None] * len(inputs)
     values, seeds = zip(*live, strict=True)
     return torch.autograd.grad(values, inputs, seeds, retain_graph=retain, allow_unused=True)
+
+
+def _nodes(results: Sequence[Any]) -> list[fx.Node]:
+    return [node for node in results if isinstance(node, fx.Node)]
 
 
 def _is_float(value: Any) -> bool:

@@ -1,6 +1,5 @@
 """See MeasureSensitivity."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -77,7 +76,7 @@ class MeasureSensitivity:
         if unit.captured is None:
             raise InternalError("analysis needs the captured graph with its inputs")
         formats = [CHOICES[name] for name in unit.target.formats if name not in ("fp32", "tf32")]
-        memory = free_memory() / 2 if unit.memory is None else unit.memory
+        memory = 0.0 if unit.memory is None else unit.memory
         accumulators = {
             name: Accumulator(CHOICES[rate.accumulate], rate.accumulate_every)
             for name, rate in unit.target.formats.items()
@@ -244,9 +243,3 @@ def _with_noise(found: Statistics, sums: GradientSums, captured: Captured) -> St
         noise = noise_of_parts(captured.batch, captured.gradients, found.gradient_norm)
     relative = None if noise.deviation is None else noise.deviation / found.gradient_norm
     return replace(found, noise=relative, noise_origin=noise.origin)
-
-
-def free_memory() -> float:
-    """Bytes of main memory that are free for the taking."""
-    page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-    return float(page * os.sysconf("SC_AVPHYS_PAGES")) if page else 4e9
