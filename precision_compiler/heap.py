@@ -40,7 +40,7 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 class _Information(ctypes.Structure):
-    """``struct mallinfo2`` of glibc's malloc.h; its last fields are bytes in use, free, and on top."""
+    """glibc's ``struct mallinfo2``; its last fields are bytes in use, free, and on top."""
 
     _fields_ = (("sizes", ctypes.c_size_t * 10),)
 
