@@ -90,7 +90,9 @@ def compute_bound(name: str, formats: Collection[str] = ()) -> Target:
     known = Target.load(name)
     rates = {fmt: rate for fmt, rate in known.formats.items() if not formats or fmt in formats}
     fast = 100 * known.bandwidth
-    return replace(known, launch_seconds=0.0, bandwidth=fast, units=None, formats=rates)
+    return replace(
+        known, launch_seconds=0.0, ramp_seconds=0.0, bandwidth=fast, units=None, formats=rates
+    )
 
 
 def measure(make: Callable[[], nn.Module], target: str, budget: float | str) -> dict[str, Any]:

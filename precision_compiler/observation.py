@@ -72,15 +72,20 @@ class Observation:
     Attributes:
         row: the sampled elements, float32.
         scale: elements of the tensor per sampled one.
+        amax: largest magnitude of the tensor.
         formats: those that it is really rounded to.
     """
 
     def __init__(
-        self, values: torch.Tensor, formats: Iterable[Format] = (), most: int = SAMPLE
+        self,
+        values: torch.Tensor,
+        formats: Iterable[Format] = (),
+        most: int = SAMPLE,
+        amax: float | None = None,
     ) -> None:
         self.row, self.size = sampled(values, most), values.numel()
         self.scale = self.size / max(1, self.row.numel())
-        self.amax = largest_magnitude(values.detach())
+        self.amax = largest_magnitude(values.detach()) if amax is None else amax
         self.exponents = binades(self.row)
         self.formats = tuple(formats)
 
@@ -90,13 +95,18 @@ class Observation:
         return binned(self.exponents)
 
     @cached_property
-    def errors(self) -> dict[str, torch.Tensor]:
-        """``Q(y) - y`` of every sampled element, by format."""
-        return {fmt.name: quantised(self.row, fmt, self.amax) - self.row for fmt in self.formats}
+    def errors(self) -> torch.Tensor:
+        """``Q(y) - y`` of every sampled element, a row for every format, float64."""
+        return _matrix(quantised(self.row, fmt, self.amax) - self.row for fmt in self.formats)
+
+    @cached_property
+    def squares(self) -> torch.Tensor:
+        """Squares of ``errors``."""
+        return self.errors.square()
 
     def weight(self, adjoint: torch.Tensor) -> np.ndarray:
         """``h^2`` by binade over the whole tensor, from sampled derivatives."""
-        return binned(self.exponents, adjoint.double().square_()) * self.scale
+        return binned(self.exponents, adjoint.double().square()) * self.scale
 
     def measured(
         self, adjoint: torch.Tensor, errors: Mapping[str, torch.Tensor] | None = None
@@ -108,16 +118,36 @@ class Observation:
             errors: rounding errors of the sampled elements in further formats, by name.
         """
         found = {}
-        for name, error in (self.errors | dict(errors or {})).items():
-            moved = adjoint * error
-            variance = float(moved.norm(dtype=torch.float64)) ** 2
-            signed = float(moved.sum(dtype=torch.float64)) ** 2
+        if self.formats:
+            names = [fmt.name for fmt in self.formats]
+            found = self._effects(names, adjoint, self.errors, self.squares)
+        if errors:
+            further = _matrix(errors.values())
+            found |= self._effects(errors, adjoint, further, further.square())
+        return found
+
+    def _effects(
+        self,
+        names: Iterable[str],
+        adjoint: torch.Tensor,
+        errors: torch.Tensor,
+        squares: torch.Tensor,
+    ) -> dict[str, Measured]:
+        wide, found = adjoint.double(), {}
+        sums, variances = (errors @ wide).tolist(), (squares @ wide.square()).tolist()
+        for name, total, variance in zip(names, sums, variances, strict=True):
+            signed = total * total
             # Errors that agree grow with the number of elements, others with its root.
             agree = signed > COHERENT**2 * variance
             scale = self.scale**2 if agree else self.scale
             if isfinite(signed + variance):  # an overflow is a flag's business, not a number
                 found[name] = Measured(variance * self.scale, signed * scale)
         return found
+
+
+def _matrix(rows: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Rows of one length as a matrix, float64."""
+    return torch.stack(list(rows)).double()
 
 
 def insensitive(values: torch.Tensor, most: int = SAMPLE) -> Sensitivity:

@@ -2,47 +2,32 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
-from precision_compiler.accumulation import (
-    RESULTS,
-    Accumulator,
-    partial_sum_variance,
-    products,
-    same_sign_terms,
-)
+from precision_compiler.accumulation import Accumulator
 from precision_compiler.attention import substitutes
-from precision_compiler.exactness import cone_of, is_exact
+from precision_compiler.chunks import Chunk
+from precision_compiler.exactness import cone_of
 from precision_compiler.facts import facts_of
 from precision_compiler.formats import Format, quantised
 from precision_compiler.graph import (
     CONVERT,
-    base_name,
     contraction_rule,
     is_float32,
     is_matrix_product,
     is_movement,
 )
 from precision_compiler.links import Links
-from precision_compiler.observation import (
-    GLANCE,
-    Observation,
-    binades,
-    binned,
-    insensitive,
-    sampled,
-)
+from precision_compiler.observation import GLANCE, insensitive, sampled
 from precision_compiler.replay import execute
+from precision_compiler.running_sums import Summed, one_way_terms, summed
 from precision_compiler.scaling import reason_against_recipe
 from precision_compiler.sites import provenance_of
 from precision_compiler.statistics import (
-    METRICS,
     Accumulated,
     Correlation,
     Edge,
@@ -51,42 +36,11 @@ from precision_compiler.statistics import (
     TensorGradient,
     unweighted,
 )
-from precision_compiler.tape import Chunk, Values
-
-_SUMS = ("sum", "mean", "var_mean")
+from precision_compiler.tape import Values
+from precision_compiler.watched import Key, Watched
 
 _Place = fx.Node | tuple[str, int]
 """Where a tensor is: the node that computed it, or inside a site, by number."""
-
-
-@dataclass
-class _Watched:
-    """One tensor whose derivatives are awaited: in total (key "store") and reader by reader."""
-
-    value: torch.Tensor
-    gradient: dict[str | Edge, torch.Tensor] = field(default_factory=dict)
-    others: dict[tuple[str | Edge, int], np.ndarray] = field(default_factory=dict)
-    exponents: torch.Tensor | None = None
-
-    def take(self, key: str | Edge, metric: int, adjoint: torch.Tensor) -> None:
-        """Keep a sample of a gradient derivative; of others, which no pairs are made of, bins."""
-        row = sampled(adjoint)
-        if metric == 0:
-            self.gradient[key] = row.clone() if row.data_ptr() == adjoint.data_ptr() else row
-            return
-        if self.exponents is None:
-            self.exponents = binades(sampled(self.value))
-        scale = self.value.numel() / max(1, row.numel())
-        self.others[key, metric] = binned(self.exponents, row.double().square_()) * scale
-
-
-@dataclass(frozen=True)
-class _Summed:
-    """Variances of some results by format, where they are in a sample, and their terms."""
-
-    rows: torch.Tensor
-    variances: Mapping[str, torch.Tensor]
-    terms: float
 
 
 class Probe:
@@ -121,7 +75,7 @@ class Probe:
         self._blocks = [fmt for fmt in formats if fmt.by_axis]
         self._block_errors: dict[Edge, dict[str, torch.Tensor]] = {}
         self._accumulators = accumulators or {}
-        self._summed: dict[fx.Node, _Summed] = {}
+        self._summed: dict[fx.Node, Summed] = {}
         nodes = {node.name: node for node in graph.nodes}
         self._stored = {nodes[site.node]: name for name, site in links.stores.items()}
         self._sites = {nodes[site.node]: name for name, site in links.contractions.items()}
@@ -134,7 +88,7 @@ class Probe:
             self._readings.setdefault(site, {})[link.argument] = chain
         self._cones = {node: cone for node in self._stored if (cone := cone_of(node, self._stored))}
         self._formulas = substitutes()
-        self._watched: dict[_Place, _Watched] = {}
+        self._watched: dict[_Place, Watched] = {}
         self._constants: list[torch.Tensor] = []
         self._seen: dict[_Place, Sensitivity] = {}
         self.stores: dict[str, Sensitivity] = {}
@@ -153,7 +107,8 @@ class Probe:
             found[root] = None
             sizes = (source for view in views for source in view.all_input_nodes)
             found.update((size, None) for size in sizes if size is not root and size not in views)
-        found.update(dict.fromkeys(self._cones.get(node, ())))
+        cone = self._cones.get(node)
+        found.update(dict.fromkeys(cone.reads if cone else ()))
         return found
 
     def run(self, node: fx.Node, values: Values) -> Any:
@@ -173,7 +128,8 @@ class Probe:
         if node not in self._seen:
             self._look(node, value, args, values)
             if site is not None and self._accumulators:
-                self._add_up(node, value, args)
+                partial_sums = summed(node, value, args, self._accumulators)
+                self._summed |= {} if partial_sums is None else {node: partial_sums}
         if node in self._stored and torch.is_grad_enabled():
             self._watch(node, value, "store", value)
         return value
@@ -279,17 +235,16 @@ class Probe:
         self._watch(place, edge, "store", value)
         return edge
 
-    def _watch(
-        self, place: _Place, value: torch.Tensor, key: str | Edge, still: torch.Tensor
-    ) -> None:
+    def _watch(self, place: _Place, value: torch.Tensor, key: Key, still: torch.Tensor) -> None:
         if not value.requires_grad:
             self._constants.append(value.requires_grad_())
         kept = still.detach()
 
         def arrived(adjoint: torch.Tensor | None) -> None:
             if adjoint is not None:  # autograd has no tensor for some derivatives that are zero
-                seen = self._watched.setdefault(place, _Watched(kept))
-                seen.take(key, self.metric, adjoint)
+                if place not in self._watched:
+                    self._watched[place] = Watched(kept, self._seen[place].amax)
+                self._watched[place].take(key, self.metric, adjoint)
 
         value.register_hook(arrived)  # type: ignore[no-untyped-call]
 
@@ -297,41 +252,22 @@ class Probe:
         seen = self._watched.pop(place, None)
         if seen is None:
             return
-        observed = Observation(seen.value, self.formats)
-        for key in dict.fromkeys([*seen.gradient, *(key for key, _ in seen.others)]):
+        observed = seen.observed(self.formats)
+        for key in seen.readers:
             errors = self._block_errors.get(key, {}) if isinstance(key, tuple) else {}
-            found = _sensitivity(observed, seen, key, errors)
+            found = seen.sensitivity(observed, key, errors)
             if isinstance(key, tuple):
                 self.operands[key] = found
             elif isinstance(place, tuple):
                 self.internals[place] = found
             else:
                 self.stores[self._stored[place]] = found
+        self.correlations.extend(seen.correlations(observed))
         if isinstance(place, fx.Node) and place in self._summed and "store" in seen.gradient:
-            self._weigh_sums(place, observed, seen.gradient["store"])
-        edges = [key for key in seen.gradient if isinstance(key, tuple)]
-        for first, second in itertools.combinations(edges, 2):
-            pair = seen.gradient[first], seen.gradient[second]
-            self.correlations.append(_correlation(observed, first, second, *pair))
-
-    def _add_up(self, node: fx.Node, value: Any, args: tuple[Any, ...]) -> None:
-        """Partial sums of some results of a matrix product, in every narrow running sum."""
-        rule = contraction_rule(node)
-        operands = [args[index].detach() for index in rule.operands] if rule else []
-        if len(operands) != 2 or operands[0].dim() != operands[1].dim() or operands[0].dim() > 3:
-            return  # attention and convolutions
-        shown = sampled(torch.arange(value.numel(), device=value.device).view(value.shape))
-        rows = torch.arange(0, len(shown), -(-len(shown) // RESULTS), device=value.device)
-        terms = products(operands[0], operands[1], shown[rows], tuple(value.shape))
-        found = {name: partial_sum_variance(terms, how) for name, how in self._accumulators.items()}
-        self._summed[node] = _Summed(rows, found, same_sign_terms(terms))
-
-    def _weigh_sums(self, node: fx.Node, observed: Observation, adjoint: torch.Tensor) -> None:
-        summed = self._summed[node]
-        squares = adjoint[summed.rows].double().square()
-        for name, variances in summed.variances.items():
-            effect = float((squares * variances).mean()) * observed.size
-            self.accumulations[self._sites[node], name] = Accumulated(effect, summed.terms)
+            weighed = self._summed[place].weighed(seen.gradient["store"], observed.size)
+            self.accumulations.update(
+                ((self._sites[place], name), found) for name, found in weighed.items()
+            )
 
     def _look(self, node: fx.Node, value: Any, args: tuple[Any, ...], values: Values) -> None:
         """What the first run shows: ranges, sums of one sign, exact roundings."""
@@ -341,13 +277,12 @@ class Probe:
         facts = facts_of(node)
         if facts is not None and node not in self._stored:
             self.ranges[facts.name] = seen
-        if facts is not None and base_name(node.target) in _SUMS:
-            ratio = _same_sign(args[0], value)
-            if ratio is not None:
-                self.sums[facts.name] = ratio
-        sources = self._cones.get(node, ())
-        if sources and is_exact(value, [values(source) for source in sources]):
-            self.exact[self._stored[node]] = tuple(self._stored[source] for source in sources)
+        terms = one_way_terms(node, args, value) if facts is not None else None
+        if facts is not None and terms is not None:
+            self.sums[facts.name] = terms
+        cone = self._cones.get(node)
+        if cone is not None and cone.is_exact(value, values):
+            self.exact[self._stored[node]] = tuple(self._stored[one] for one in cone.sources)
 
 
 def _chain(argument: fx.Node, root: fx.Node) -> list[fx.Node]:
@@ -375,43 +310,3 @@ def _shown(
     found = shown[views[-1]] if views else edge
     assert isinstance(found, torch.Tensor)
     return found
-
-
-def _sensitivity(
-    observed: Observation,
-    seen: _Watched,
-    key: str | Edge,
-    errors: Mapping[str, torch.Tensor],
-) -> Sensitivity:
-    weight = unweighted()
-    row = seen.gradient.get(key)
-    measured: Mapping[str, Any] = {}
-    if row is not None:
-        weight[0], measured = observed.weight(row), observed.measured(row, errors)
-    for metric in range(1, len(METRICS)):
-        weight[metric] = seen.others.get((key, metric), 0.0)
-    return Sensitivity(weight, observed.amax, observed.count, observed.size, measured)
-
-
-def _correlation(
-    observed: Observation, first: Edge, second: Edge, one: torch.Tensor, other: torch.Tensor
-) -> Correlation:
-    both = one.double() * other
-    measured = {
-        fmt.name: float((both * observed.errors[fmt.name].double().square()).sum()) * observed.scale
-        for fmt in observed.formats
-        if fmt.scaled
-    }
-    return Correlation(
-        first, second, binned(observed.exponents, both) * observed.scale, measured, observed.amax
-    )
-
-
-def _same_sign(terms: Any, total: torch.Tensor) -> float | None:
-    """``n |mean| / rms``, root mean square over the sums: terms that pull the same way."""
-    if not isinstance(terms, torch.Tensor) or not terms.is_floating_point() or not total.numel():
-        return None
-    count = terms.numel() / total.numel()
-    row = sampled(terms).double()
-    rms, mean = float(row.square().mean()) ** 0.5, abs(float(row.mean()))
-    return count * mean / rms if rms else None

@@ -7,19 +7,22 @@ and made again by running the chunk a second time.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision_compiler.capture import Captured
-from precision_compiler.graph import ATTENTION, is_movement, reached_from, shape_of, value_of
+from precision_compiler.chunks import Chunk, affordable, frugal, phases, saved_bytes
+from precision_compiler.graph import contraction_rule, reached_from, value_of
+from precision_compiler.heap import spare_memory_returned
 from precision_compiler.replay import is_step, tangent_positions
 
-CHUNKS = 24
-"""Chunks a graph is cut into: what one of them saves is what must fit beside the values."""
+SPARE = 0.3
+"""Share of the memory in use that may be free between chunks: what is free lies in pieces."""
 
 Values = Callable[[fx.Node], Any]
 """Gives the value that a node has while a chunk runs."""
@@ -39,42 +42,6 @@ class Runner(Protocol):
     def constants(self) -> list[torch.Tensor]:
         """Tensors that depend on no leaf, yet are to be differentiated by; then forgotten."""
         ...
-
-
-@dataclass
-class Chunk:
-    """Consecutive nodes, what they read from before and what is read of them later.
-
-    Attributes:
-        nodes: in graph order.
-        reads: nodes of earlier chunks, or placeholders.
-        gives: nodes that later chunks read, or results of the graph.
-        leaves, made: inputs and outputs under autograd, while they are kept.
-    """
-
-    nodes: list[fx.Node]
-    reads: list[fx.Node] = field(default_factory=list)
-    gives: list[fx.Node] = field(default_factory=list)
-    leaves: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
-    made: dict[fx.Node, Any] = field(default_factory=dict)
-    constants: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def saved_bytes(self) -> int:
-        """About what autograd keeps of the chunk."""
-        return sum(map(saved_bytes, self.nodes))
-
-
-def saved_bytes(node: fx.Node) -> int:
-    """About what autograd keeps of one node: its result; of attention, its probabilities too."""
-    value = value_of(node)
-    if node.target in ATTENTION:
-        batch, heads, length, _ = shape_of(node.args[0])  # type: ignore[arg-type]
-        other = shape_of(node.args[1])[-2]  # type: ignore[arg-type]
-        return 4 * 4 * batch * heads * length * other
-    if value is None or node.op != "call_function" or is_movement(node):
-        return 0
-    return prod(shape_of(node)) * value.element_size()
 
 
 class Tape:
@@ -98,13 +65,15 @@ class Tape:
         assert isinstance(results, (list, tuple))
         self.results = list(results[: joint.outputs])
         self.gradients = joint.goals
-        later = reached_from(self.tangents) if self.tangents else set()
         steps = [node for node in graph.nodes if is_step(node)]
-        size = max(1, int(min(sum(map(saved_bytes, steps)) / CHUNKS, memory / 4)))
-        self.forward = _cut([node for node in steps if node not in later], size)
-        self.backward = _cut([node for node in steps if node in later], size)
+        self._sizes = {node: saved_bytes(node) for node in steps}
+        own, ends = (_nodes(self.results), _nodes(self.gradients))
+        forward, backward = phases(steps, own, self.tangents)
+        read = {source for node in backward for source in node.all_input_nodes}
+        parts = (forward, [*read, *own, *ends]), (backward, [*own, *ends])
+        self.forward, self.backward = frugal(parts, self._sizes)
+        self.kept = affordable(self.chunks, memory)
         self._connect()
-        self.kept = _affordable(self.chunks, memory)
         self.values: dict[fx.Node, Any] = {}
         self._objective: tuple[list[Any], list[torch.Tensor], torch.Tensor] | None = None
 
@@ -136,15 +105,15 @@ class Tape:
         """Run the derivatives of every objective through the graph, from its end.
 
         Args:
-            probes: per objective, what each gradient is multiplied with; an objective without
-                probes is the loss itself.
+            probes: per objective, what each gradient is multiplied with, asked for when its turn
+                comes; an objective without probes is the loss itself.
             arrived: called with the objective before hooks fire for it.
             finished: called when no further derivative can reach what a chunk computed.
         """
-        adjoints: dict[str, dict[fx.Node, torch.Tensor]] = {name: {} for name in probes}
+        adjoints = {name: _Adjoints(probe) for name, probe in probes.items()}
         for name, probe in probes.items():
-            for node, seed in zip(self.gradients, probe, strict=True) if len(probe) else ():
-                _accumulate(adjoints[name], node, seed)
+            for index, node in enumerate(self.gradients) if len(probe) else ():
+                adjoints[name].seeds.setdefault(node, []).append(index)
         for chunk in reversed(self.backward):
             self._retreat(chunk, adjoints, arrived)
             finished(chunk)
@@ -172,12 +141,15 @@ class Tape:
             if node in made_in:
                 given[id(made_in[node])][node] = None
         for chunk in self.chunks:
+            if id(chunk) not in self.kept:
+                given[id(chunk)].update(dict.fromkeys(filter(_is_dear, chunk.nodes)))
             chunk.gives = list(given[id(chunk)])
 
     def _advance(self, chunk: Chunk) -> None:
         with torch.set_grad_enabled(id(chunk) in self.kept):
             made = self._execute(chunk)
         self.values.update((node, _still(value)) for node, value in made.items())
+        spare_memory_returned(SPARE)
 
     def _execute(self, chunk: Chunk) -> dict[fx.Node, Any]:
         torch.manual_seed(self.seed + self.chunks.index(chunk))
@@ -185,15 +157,24 @@ class Tape:
         recording = torch.is_grad_enabled()
         for node in chunk.reads:
             value = _still(self.values[node])
-            if recording and _is_float(value):
+            if recording and _is_float(value) and node not in self.primals:
                 chunk.leaves[node] = value.requires_grad_()
             found[node] = value
         for node in chunk.nodes:
-            found[node] = self.runner.run(node, found.__getitem__)
+            with self._known(node) if recording else nullcontext():
+                found[node] = self.runner.run(node, found.__getitem__)
         made = {node: found[node] for node in chunk.gives}
         if recording:
             chunk.made, chunk.constants = made, self.runner.constants()
         return made
+
+    def _known(self, node: fx.Node) -> AbstractContextManager[Any]:
+        """In the second run of a chunk: what the first one left is not computed again."""
+        value = self.values.get(node)
+        draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if draws or not isinstance(value, torch.Tensor) or not self._sizes[node]:
+            return nullcontext()  # what draws has to move on the source of random numbers
+        return _Known(node.target, value)
 
     def _run_objective(self) -> torch.Tensor:
         with torch.enable_grad():
@@ -220,7 +201,7 @@ class Tape:
         return value.requires_grad_() if _is_float(value) else value
 
     def _through_objective(
-        self, adjoints: dict[str, dict[fx.Node, torch.Tensor]], of_loss: Sequence[str]
+        self, adjoints: Mapping[str, "_Adjoints"], of_loss: Sequence[str]
     ) -> None:
         assert self._objective is not None
         leaves, tangents, loss = self._objective
@@ -228,7 +209,7 @@ class Tape:
         inputs = [leaf for leaf in leaves if _is_float(leaf)]
         for name, known in adjoints.items():
             outputs = [
-                (tangent, known.pop(node))
+                (tangent, known.take(node))
                 for node, tangent in zip(self.tangents, tangents, strict=True)
                 if node in known
             ]
@@ -236,12 +217,12 @@ class Tape:
                 outputs.append((loss, torch.ones_like(loss)))
             for node, value in zip(nodes, _derivatives(outputs, inputs), strict=True):
                 if value is not None:
-                    _accumulate(known, node, value)
+                    known.add(node, value)
 
     def _retreat(
         self,
         chunk: Chunk,
-        adjoints: dict[str, dict[fx.Node, torch.Tensor]],
+        adjoints: Mapping[str, "_Adjoints"],
         arrived: Callable[[str], None],
     ) -> None:
         active = [name for name, known in adjoints.items() if any(n in known for n in chunk.gives)]
@@ -251,15 +232,71 @@ class Tape:
         inputs = [*chunk.leaves.values(), *chunk.constants]
         for name in active:
             known = adjoints[name]
-            outputs = [(chunk.made[node], known.pop(node)) for node in chunk.gives if node in known]
+            outputs = [
+                (chunk.made[node], known.take(node)) for node in chunk.gives if node in known
+            ]
             arrived(name)
             found = _derivatives(outputs, inputs, retain=name != active[-1])
             for node, value in zip(chunk.leaves, found, strict=False):
-                if value is not None and node not in self.primals:
-                    _accumulate(known, node, value)
+                if value is not None:
+                    known.add(node, value)
         chunk.leaves, chunk.made, chunk.constants = {}, {}, []
         for node in chunk.gives:
             self.values.pop(node, None)
+        spare_memory_returned(SPARE)
+
+
+@dataclass
+class _Adjoints:
+    """Derivatives of one objective that wait for the chunk that made their tensors.
+
+    Attributes:
+        probe: what each gradient is multiplied with.
+        seeds: of gradients, their positions.
+        found: what later chunks gave.
+    """
+
+    probe: Sequence[torch.Tensor]
+    seeds: dict[fx.Node, list[int]] = field(default_factory=dict)
+    found: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
+
+    def __contains__(self, node: fx.Node) -> bool:
+        return node in self.seeds or node in self.found
+
+    def add(self, node: fx.Node, value: torch.Tensor) -> None:
+        """One more reader's derivative."""
+        self.found[node] = self.found[node] + value if node in self.found else value
+
+    def take(self, node: fx.Node) -> torch.Tensor:
+        """The sum of all that arrived at a node."""
+        for index in self.seeds.pop(node, ()):
+            self.add(node, self.probe[index])
+        return self.found.pop(node)
+
+
+class _Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets autograd record an operation whose result is known, without running it."""
+
+    def __init__(self, target: Any, value: torch.Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._target, self._value = target, value
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """What torch asks for every operation, below autograd."""
+        if func is self._target:
+            return self._value.detach()
+        return func(*args, **(kwargs or {}))
+
+
+def _is_dear(node: fx.Node) -> bool:
+    """Whether running a node twice costs more than keeping its result."""
+    return contraction_rule(node) is not None and value_of(node) is not None
 
 
 def _derivatives(
@@ -272,8 +309,8 @@ def _derivatives(
     return torch.autograd.grad(values, inputs, seeds, retain_graph=retain, allow_unused=True)
 
 
-def _accumulate(known: dict[fx.Node, torch.Tensor], node: fx.Node, value: torch.Tensor) -> None:
-    known[node] = known[node] + value if node in known else value
+def _nodes(results: Sequence[Any]) -> list[fx.Node]:
+    return [node for node in results if isinstance(node, fx.Node)]
 
 
 def _is_float(value: Any) -> bool:
@@ -283,31 +320,3 @@ def _is_float(value: Any) -> bool:
 def _still(value: Any) -> Any:
     """The value without its history."""
     return value.detach() if isinstance(value, torch.Tensor) else value
-
-
-def _cut(nodes: Sequence[fx.Node], size: int) -> list[Chunk]:
-    """Chunks of about ``size`` saved bytes; a tuple of results stays with those who unpack it."""
-    place = {node: index for index, node in enumerate(nodes)}
-    chunks: list[Chunk] = []
-    current: list[fx.Node] = []
-    filled, together = 0, -1
-    for index, node in enumerate(nodes):
-        current.append(node)
-        filled += saved_bytes(node)
-        if not isinstance(node.meta.get("val"), torch.Tensor):
-            together = max([together, *(place.get(user, -1) for user in node.users)])
-        if filled >= size and index >= together:
-            chunks.append(Chunk(current))
-            current, filled = [], 0
-    return [*chunks, Chunk(current)] if current else chunks
-
-
-def _affordable(chunks: Sequence[Chunk], memory: float) -> set[int]:
-    """Chunks that may keep what autograd saves, the last ones first."""
-    kept, used = set(), 0.0
-    for chunk in reversed(chunks):
-        used += chunk.saved_bytes
-        if used > memory:
-            break
-        kept.add(id(chunk))
-    return kept

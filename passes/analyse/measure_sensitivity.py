@@ -1,6 +1,5 @@
 """See MeasureSensitivity."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -77,7 +76,7 @@ class MeasureSensitivity:
         if unit.captured is None:
             raise InternalError("analysis needs the captured graph with its inputs")
         formats = [CHOICES[name] for name in unit.target.choices if name not in ("fp32", "tf32")]
-        memory = free_memory() / 2 if unit.memory is None else unit.memory
+        memory = 0.0 if unit.memory is None else unit.memory
         accumulators = {
             name: Accumulator(CHOICES[rate.accumulate], rate.accumulate_every)
             for name in unit.target.choices
@@ -94,33 +93,75 @@ class MeasureSensitivity:
             tape = Tape(captured, probe, memory, self.seed + index)
             noise = [tensor.noise for tensor in found[0].tensors] if found else None
             with freed_memory_kept():
-                statistics, gradients = self._probed(tape, probe, self.seed + index, noise)
-            found.append(statistics)
-            if unit.calibration and unit.budget.needs_noise:
-                sums.add(gradients)
+                summed = sums if unit.calibration and unit.budget.needs_noise else None
+                found.append(self._probed(tape, probe, self.seed + index, noise, summed))
         mean = averaged(found)
         wanted = unit.budget.needs_noise
         unit.statistics = _with_noise(mean, sums, unit.captured) if wanted else mean
         return False
 
     def _probed(
-        self, tape: Tape, probe: Probe, seed: int, noise: list[float] | None
-    ) -> tuple[Statistics, list[torch.Tensor]]:
-        """One batch: statistics and gradients; float32's noise in them, once it is known."""
+        self,
+        tape: Tape,
+        probe: Probe,
+        seed: int,
+        noise: list[float] | None,
+        sums: GradientSums | None,
+    ) -> Statistics:
+        """One batch, whose gradients are added to the sums; with float32's noise once known."""
         with torch.random.fork_rng():
             loss, gradients = tape.record()
             tensors = _tensors(tape, gradients, noise)
             norm = sum(tensor.norm**2 for tensor in tensors) ** 0.5
             if not (isfinite(norm) and norm > 0):
                 raise AnalysisError(_useless(norm, tape.captured.joint.inference))
-            probes = {"gradient": _signs(gradients, [1 / norm] * len(tensors), seed)}
+            if sums is not None:
+                sums.add(gradients)
+            probes: dict[str, Sequence[torch.Tensor]] = {
+                "gradient": Signs(gradients, [1 / norm] * len(tensors), seed)
+            }
             if not tape.captured.joint.inference:
                 probes["loss"] = []
             if self.tensors:
-                probes["tensor"] = _signs(gradients, _tensor_weights(tensors), seed + 1)
+                probes["tensor"] = Signs(gradients, _tensor_weights(tensors), seed + 1)
+            del gradients  # the tape lets go of them one by one
             tape.differentiate(probes, partial(_turn_to, probe), probe.finish)
             probe.finish_rest()
-        return probe.statistics(norm, float(loss), tensors), gradients
+        return probe.statistics(norm, float(loss), tensors)
+
+
+class Signs(Sequence[torch.Tensor]):
+    """Random +-1 for every element of some tensors, times the weight of its tensor.
+
+    Kept as bits; torch's own generators take ten times as long as NumPy's.
+    """
+
+    def __init__(
+        self, tensors: Sequence[torch.Tensor], weights: Sequence[float], seed: int
+    ) -> None:
+        """Draw.
+
+        Args:
+            tensors: whose shapes, types and devices the signs get.
+            weights: a positive number, or 0, for each.
+            seed: of the signs.
+        """
+        dice = np.random.default_rng(seed)
+        self._like = [value.to("meta") for value in tensors]
+        self._devices = [value.device for value in tensors]
+        self._weights = list(weights)
+        self._bits = [
+            np.frombuffer(dice.bytes(-(-value.numel() // 8)), dtype=np.uint8) for value in tensors
+        ]
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+    def __getitem__(self, index: Any) -> Any:
+        like, weight = self._like[index], self._weights[index]
+        bits = torch.from_numpy(np.unpackbits(self._bits[index], count=like.numel()))
+        row = bits.to(self._devices[index], like.dtype).mul_(2 * weight).sub_(weight)
+        return row.reshape(like.shape)
 
 
 def _useless(norm: float, inference: bool) -> str:
@@ -134,24 +175,6 @@ def _useless(norm: float, inference: bool) -> str:
 
 def _turn_to(probe: Probe, objective: str) -> None:
     probe.metric = METRICS.index(objective)
-
-
-def _signs(
-    gradients: Sequence[torch.Tensor], weights: Sequence[float], seed: int
-) -> list[torch.Tensor]:
-    """Random +-1 for every element, times the weight of its tensor."""
-    dice = np.random.default_rng(seed)
-    return [
-        _random_signs(value, dice).mul_(2 * weight).sub_(weight)
-        for value, weight in zip(gradients, weights, strict=True)
-    ]
-
-
-def _random_signs(like: torch.Tensor, dice: np.random.Generator) -> torch.Tensor:
-    """Zeros and ones in the shape of a tensor: torch's own generators take ten times as long."""
-    packed = np.frombuffer(dice.bytes(-(-like.numel() // 8)), dtype=np.uint8)
-    bits = torch.from_numpy(np.unpackbits(packed, count=like.numel()))
-    return bits.to(like.device, like.dtype).reshape(like.shape)
 
 
 def _tensor_weights(tensors: Sequence[TensorGradient]) -> list[float]:
@@ -222,9 +245,3 @@ def _with_noise(found: Statistics, sums: GradientSums, captured: Captured) -> St
         noise = noise_of_parts(captured.batch, captured.gradients, found.gradient_norm)
     relative = None if noise.deviation is None else noise.deviation / found.gradient_norm
     return replace(found, noise=relative, noise_origin=noise.origin)
-
-
-def free_memory() -> float:
-    """Bytes of main memory that are free for the taking."""
-    page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-    return float(page * os.sysconf("SC_AVPHYS_PAGES")) if page else 4e9

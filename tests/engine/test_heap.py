@@ -7,17 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from precision_compiler.heap import freed_memory_kept
+from precision_compiler.heap import freed_memory_kept, spare_memory_returned
 
-ELEMENTS = 16 << 20  # 64 MiB, more than glibc ever keeps by itself
+ELEMENTS = 7 << 20  # 28 MiB: four of them are more than glibc ever keeps by itself
 GLIBC = platform.libc_ver()[0] == "glibc"
 
 
 def page_faults() -> int:
-    """Page faults of making large tensors one after the other, each freed before the next."""
+    """Page faults of making large tensors four at a time, freed before the next four."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(8):
-        torch.zeros(ELEMENTS)
+        _ = [torch.zeros(ELEMENTS) for _ in range(4)]
+        del _
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
@@ -38,10 +39,22 @@ def test_large_tensors_reuse_memory_inside() -> None:
 def test_what_was_kept_goes_back_to_the_system() -> None:
     before = resident_bytes()
     with freed_memory_kept():
-        made = torch.zeros(4 * ELEMENTS)
+        made = [torch.zeros(ELEMENTS) for _ in range(4)]
         del made
         assert resident_bytes() > before + 3 * 4 * ELEMENTS
     assert resident_bytes() < before + 4 * ELEMENTS
+
+
+@pytest.mark.skipif(not GLIBC, reason="other C libraries are left alone")
+def test_much_spare_memory_goes_back_at_once_and_little_stays() -> None:
+    with freed_memory_kept():
+        made = [torch.zeros(ELEMENTS) for _ in range(4)]
+        del made
+        kept = resident_bytes()
+        spare_memory_returned(1e9)
+        assert resident_bytes() > kept - ELEMENTS
+        spare_memory_returned(0.0)
+        assert resident_bytes() < kept - 3 * 4 * ELEMENTS
 
 
 def test_an_error_inside_comes_out() -> None:

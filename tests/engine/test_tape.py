@@ -12,9 +12,10 @@ from torch import Tensor, fx
 
 from precision_compiler.attention import substitutes
 from precision_compiler.capture import Captured
+from precision_compiler.chunks import CHUNKS, Chunk, saved_bytes
 from precision_compiler.graph import CONVERT
 from precision_compiler.replay import Replay, execute, gradients_of, relative_error
-from precision_compiler.tape import CHUNKS, Chunk, Tape, Values, saved_bytes
+from precision_compiler.tape import Tape, Values
 from tests.helpers import graph, joint_of
 from tests.models import MODELS, captured
 
@@ -149,8 +150,12 @@ def by_autograd(name: str) -> tuple[Derivatives, Tensor, list[Tensor]]:
 
 
 def assert_close(found: Derivatives, expected: Derivatives, within: float) -> None:
-    """Both know the same places; what only one of them knows is zero."""
+    """Both know the same places; what only one of them knows is zero.
+
+    A derivative that is zero by structure, as that of softmax by its shift, is noise in both.
+    """
     assert len(expected) > 20
+    noise = 1e-10 * max(float(value.double().norm()) for value in expected.values())
     for key in {**found, **expected}:
         one, other = found.get(key), expected.get(key)
         if one is None or other is None:
@@ -159,7 +164,7 @@ def assert_close(found: Derivatives, expected: Derivatives, within: float) -> No
             assert not known.any(), key
         else:
             distance = (one.double() - other.double()).norm()
-            assert distance <= within * other.double().norm(), key
+            assert distance <= max(within * float(other.double().norm()), noise), key
 
 
 @pytest.mark.parametrize("memory", [AMPLE, 0.0])
@@ -184,7 +189,7 @@ def test_gradients_are_those_of_the_graph(name: str) -> None:
 def test_without_memory_all_that_is_differentiated_runs_twice(name: str) -> None:
     ample, tiny = taped(name, AMPLE), taped(name, 0.0)
     assert_close(tiny.runner.derivatives, ample.runner.derivatives, 1e-6)
-    assert len(tiny.tape.chunks) > len(ample.tape.chunks)
+    assert [chunk.nodes for chunk in tiny.tape.chunks] == [c.nodes for c in ample.tape.chunks]
     assert len(ample.tape.kept) == len(ample.tape.chunks)
     assert all(len(values) == 1 for values in ample.runner.results.values())
     for _, node in tiny.runner.derivatives:
@@ -230,7 +235,7 @@ def test_chunks_are_the_graph_in_order_with_tuples_whole(name: str, memory: floa
         if not isinstance(node.meta["val"], Tensor):
             assert {place[user] for user in node.users} <= {place[node]}
         assert all(place.get(source, -1) <= place[node] for source in node.all_input_nodes)
-    assert len(tape.chunks) <= CHUNKS + 2 or memory < AMPLE
+    assert len(tape.chunks) <= CHUNKS + 2
     kept = sum(chunk.saved_bytes for chunk in tape.chunks if id(chunk) in tape.kept)
     assert kept <= memory
 

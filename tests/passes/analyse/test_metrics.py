@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from precision_compiler.budget import Budget
 from precision_compiler.capture import Captured, capture, captured_alone
+from precision_compiler.chunks import saved_bytes
 from precision_compiler.formats import FORMATS, ulp
 from precision_compiler.joint import trace_joint
 from precision_compiler.journal import Journal
@@ -19,7 +20,6 @@ from precision_compiler.pipeline import Unit
 from precision_compiler.problem import Prices, Problem
 from precision_compiler.replay import execute, gradients_of
 from precision_compiler.statistics import METRICS, Statistics
-from precision_compiler.tape import saved_bytes
 from precision_compiler.verification import Truth
 from tests.helpers import machine
 from tests.models import captured, made

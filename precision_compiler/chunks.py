@@ -1,0 +1,197 @@
+"""Cut a graph into chunks that autograd can afford to record one by one."""
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from precision_compiler.graph import (
+    ATTENTION,
+    is_movement,
+    reached_from,
+    root_of,
+    shape_of,
+    value_of,
+)
+
+CHUNKS = 24
+"""Chunks a graph is cut into, at the most: what one of them saves must fit beside the values."""
+
+
+@dataclass
+class Chunk:
+    """Consecutive nodes, what they read from before and what is read of them later.
+
+    Attributes:
+        nodes: in graph order.
+        reads: nodes of earlier chunks, or placeholders.
+        saved_bytes: about what autograd keeps of the chunk.
+        gives: nodes that later chunks read, or results of the graph, or that are not to be run
+            twice.
+        leaves, made: inputs and outputs under autograd, while they are kept.
+    """
+
+    nodes: list[fx.Node]
+    saved_bytes: int
+    reads: list[fx.Node] = field(default_factory=list)
+    gives: list[fx.Node] = field(default_factory=list)
+    leaves: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
+    made: dict[fx.Node, Any] = field(default_factory=dict)
+    constants: list[torch.Tensor] = field(default_factory=list)
+
+
+def saved_bytes(node: fx.Node) -> int:
+    """About what autograd keeps of one node: its result; of attention, its probabilities too."""
+    value = value_of(node)
+    if node.target in ATTENTION:
+        batch, heads, length, _ = shape_of(node.args[0])  # type: ignore[arg-type]
+        other = shape_of(node.args[1])[-2]  # type: ignore[arg-type]
+        return 4 * 4 * batch * heads * length * other
+    if value is None or node.op != "call_function" or is_movement(node):
+        return 0
+    return prod(shape_of(node)) * value.element_size()
+
+
+def phases(
+    steps: Sequence[fx.Node], results: Sequence[fx.Node], tangents: Sequence[fx.Node]
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What the forward results need; and the rest, which may wait for tangents.
+
+    Of the rest, what depends on no tangent is put right before its first reader: its value is
+    then not kept while everything else runs.
+
+    Args:
+        steps: nodes in graph order.
+        results: forward results.
+        tangents: placeholders of the gradients of the results.
+    """
+    if not tangents:
+        return list(steps), []
+    late, needed = reached_from(tangents), set(results)
+    for node in reversed(steps):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+            needed.update(() if _is_tensor(node) else node.users)  # a tuple is unpacked at once
+    forward = [node for node in steps if node in needed and node not in late]
+    first, place = set(forward), {node: index for index, node in enumerate(steps)}
+    rest = [node for node in steps if node not in first]
+    due: dict[fx.Node, int] = {}
+    for node in reversed(rest):
+        readers = [due[user] for user in node.users if user in due]
+        due[node] = place[node] if node in late else min(readers, default=len(steps))
+        if node not in late and not _is_tensor(node):
+            due.update(dict.fromkeys(node.users, due[node]))
+    return forward, sorted(rest, key=lambda node: (due[node], node in late, place[node]))
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+Phase = tuple[Sequence[fx.Node], Collection[fx.Node]]
+"""Nodes in the order they run, and those whose values are kept in any case."""
+
+
+def frugal(parts: Sequence[Phase], sizes: Mapping[fx.Node, int]) -> list[list[Chunk]]:
+    """Chunks of every phase, of a size that asks for little memory.
+
+    That is what one chunk saves and values that cross from chunk to chunk, together.
+
+    Args:
+        parts: the phases.
+        sizes: about what autograd saves of each node, bytes.
+    """
+    total, largest = sum(sizes.values()), max(sizes.values(), default=0)
+    found: list[tuple[int, list[list[Chunk]]]] = []
+    for count in (CHUNKS, CHUNKS // 2, CHUNKS // 4, CHUNKS // 8):
+        size = max(1, total // count, largest)
+        made = [cut(nodes, sizes, size, given) for nodes, given in parts]
+        found.append((_needed(made, parts, sizes), made))
+    return min(found, key=lambda one: one[0])[1]
+
+
+def _needed(
+    made: Sequence[Sequence[Chunk]], parts: Sequence[Phase], sizes: Mapping[fx.Node, int]
+) -> int:
+    crossing = 0
+    for chunks, (nodes, given) in zip(made, parts, strict=True):
+        after = _crossing(nodes, sizes, given)
+        ends = itertools.accumulate(len(chunk.nodes) for chunk in chunks)
+        crossing += sum(after[end - 1] for end in ends)
+    largest = max((chunk.saved_bytes for chunks in made for chunk in chunks), default=0)
+    return crossing + largest
+
+
+def cut(
+    nodes: Sequence[fx.Node], sizes: Mapping[fx.Node, int], size: int, given: Collection[fx.Node]
+) -> list[Chunk]:
+    """Cut where few values cross, so that little has to be kept from chunk to chunk.
+
+    Args:
+        nodes: in graph order; a tuple of results stays with those who unpack it.
+        sizes: about what autograd saves of each, bytes.
+        size: what it saves of a chunk, at the least; up to twice as much if that crosses less.
+        given: nodes whose values are kept in any case.
+    """
+    crossing, whole = _crossing(nodes, sizes, given), _whole(nodes)
+    chunks: list[Chunk] = []
+    start = 0
+    while start < len(nodes):
+        filled, best = 0, -1
+        for index in range(start, len(nodes)):
+            filled += sizes[nodes[index]]
+            if best >= 0 and filled > 2 * size:
+                break
+            at_end = index == len(nodes) - 1
+            if at_end or (filled >= size and whole[index]):
+                best = index if best < 0 or crossing[index] <= crossing[best] else best
+        chosen = list(nodes[start : best + 1])
+        chunks.append(Chunk(chosen, sum(sizes[node] for node in chosen)))
+        start = best + 1
+    return chunks
+
+
+def _crossing(
+    nodes: Sequence[fx.Node], sizes: Mapping[fx.Node, int], given: Collection[fx.Node]
+) -> list[int]:
+    """After every node, bytes that were computed and are still read, unless kept in any case."""
+    place = {node: index for index, node in enumerate(nodes)}
+    last: dict[fx.Node, int] = {}
+    for node in nodes:
+        root = root_of(node)
+        if root in place:
+            uses = [place[user] for user in node.users if user in place]
+            last[root] = max([last.get(root, place[root]), place[node], *uses])
+    kept = {root_of(node) for node in given}
+    change = [0] * (len(nodes) + 1)
+    for root, end in last.items():
+        if root not in kept:
+            change[place[root]] += sizes[root]
+            change[end] -= sizes[root]
+    return list(itertools.accumulate(change))[: len(nodes)]
+
+
+def _whole(nodes: Sequence[fx.Node]) -> list[bool]:
+    """After every node, whether all tuples of results have been unpacked."""
+    place = {node: index for index, node in enumerate(nodes)}
+    found, together = [], -1
+    for index, node in enumerate(nodes):
+        if not _is_tensor(node):
+            together = max([together, *(place.get(user, -1) for user in node.users)])
+        found.append(index >= together)
+    return found
+
+
+def affordable(chunks: Sequence[Chunk], memory: float) -> set[int]:
+    """The ``id`` of chunks that may keep what autograd saves, the last ones first."""
+    kept, used = set(), 0.0
+    for chunk in reversed(chunks):
+        used += chunk.saved_bytes
+        if used > memory:
+            break
+        kept.add(id(chunk))
+    return kept

@@ -1,0 +1,98 @@
+"""A tensor whose derivatives are awaited, and what becomes of them."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from precision_compiler.formats import Format
+from precision_compiler.observation import Observation, binades, binned, sampled
+from precision_compiler.statistics import (
+    METRICS,
+    Correlation,
+    Edge,
+    Measured,
+    Sensitivity,
+    unweighted,
+)
+
+Key = str | Edge
+"""Whose derivative: "store" for the total, or that of one reader."""
+
+
+@dataclass
+class Watched:
+    """One tensor while its derivatives arrive.
+
+    Attributes:
+        value: the tensor.
+        amax: its largest magnitude.
+        gradient: samples of the derivatives of the gradient's objective.
+        others: of other objectives, which no pairs are made of, ``h^2`` by binade.
+    """
+
+    value: torch.Tensor
+    amax: float
+    gradient: dict[Key, torch.Tensor] = field(default_factory=dict)
+    others: dict[tuple[Key, int], np.ndarray] = field(default_factory=dict)
+    exponents: torch.Tensor | None = None
+
+    def take(self, key: Key, metric: int, adjoint: torch.Tensor) -> None:
+        """Look at a derivative that arrived; the tensor itself is not kept."""
+        row = sampled(adjoint)
+        if metric == 0:
+            self.gradient[key] = row.clone() if row.data_ptr() == adjoint.data_ptr() else row
+            return
+        if self.exponents is None:
+            self.exponents = binades(sampled(self.value))
+        scale = self.value.numel() / max(1, row.numel())
+        self.others[key, metric] = binned(self.exponents, row.double().square()) * scale
+
+    def observed(self, formats: Sequence[Format]) -> Observation:
+        """The tensor as it is rounded to every format."""
+        return Observation(self.value, formats, amax=self.amax)
+
+    @property
+    def readers(self) -> list[Key]:
+        """Whose derivatives arrived."""
+        return list(dict.fromkeys([*self.gradient, *(key for key, _ in self.others)]))
+
+    def sensitivity(
+        self, observed: Observation, key: Key, errors: Mapping[str, torch.Tensor]
+    ) -> Sensitivity:
+        """What arrived of one reader, or in total.
+
+        Args:
+            observed: the tensor as it is rounded.
+            key: whose derivative.
+            errors: rounding errors of the sampled elements in further formats, by name.
+        """
+        weight, row = unweighted(), self.gradient.get(key)
+        measured: Mapping[str, Measured] = {}
+        if row is not None:
+            weight[0], measured = observed.weight(row), observed.measured(row, errors)
+        for metric in range(1, len(METRICS)):
+            weight[metric] = self.others.get((key, metric), 0.0)
+        return Sensitivity(weight, observed.amax, observed.count, observed.size, measured)
+
+    def correlations(self, observed: Observation) -> Iterator[Correlation]:
+        """How the readers go together, pair by pair."""
+        edges = [key for key in self.gradient if isinstance(key, tuple)]
+        for first, second in itertools.combinations(edges, 2):
+            both = self.gradient[first].double() * self.gradient[second]
+            effects = (
+                (observed.squares @ both * observed.scale).tolist() if observed.formats else []
+            )
+            yield Correlation(
+                first,
+                second,
+                binned(observed.exponents, both) * observed.scale,
+                {
+                    fmt.name: effect
+                    for fmt, effect in zip(observed.formats, effects, strict=True)
+                    if fmt.scaled
+                },
+                observed.amax,
+            )
