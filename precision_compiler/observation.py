@@ -55,6 +55,46 @@ def sampled(values: torch.Tensor, most: int = SAMPLE) -> torch.Tensor:
     return still[_indices(tuple(still.shape), step, still.device)]
 
 
+def sampled_places(
+    root: torch.Tensor, shown: torch.Tensor, most: int = SAMPLE
+) -> tuple[torch.Tensor, ...] | None:
+    """Where the elements that ``sampled(root)`` picks lie in a view of all of the tensor.
+
+    Args:
+        root: the tensor.
+        shown: a view of it, its dimensions permuted, split or joined.
+        most: as for ``sampled``.
+
+    Returns:
+        Index tensors, one for each dimension of the view; None where it is a copy, or does not
+        show every element once.
+    """
+    same = root.untyped_storage().data_ptr() == shown.untyped_storage().data_ptr()
+    if not same or root.numel() != shown.numel() or not (_is_dense(root) and _is_dense(shown)):
+        return None
+    step = _step(root.numel(), most) if root.numel() > most else 1
+    places = _indices(tuple(root.shape), step, root.device)
+    pairs = zip(places, root.stride(), strict=True)
+    offset = sum(place * stride for place, stride in pairs)
+    if not isinstance(offset, torch.Tensor):
+        return None  # a single number has no dimensions
+    return tuple(
+        (offset // stride) % size if size > 1 else torch.zeros_like(offset)
+        for size, stride in zip(shown.shape, shown.stride(), strict=True)
+    )
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
 def binades(row: torch.Tensor) -> torch.Tensor:
     """The exponent field of float32 numbers: 0 for zeros and subnormals, 255 for infinities."""
     return row.view(torch.int32).bitwise_right_shift(23).bitwise_and_(0xFF)

@@ -22,10 +22,11 @@ from precision_compiler.graph import (
     is_movement,
 )
 from precision_compiler.links import Links
-from precision_compiler.observation import GLANCE, insensitive, sampled
+from precision_compiler.observation import GLANCE, insensitive, sampled, sampled_places
 from precision_compiler.replay import execute
 from precision_compiler.running_sums import Summed, one_way_terms, summed
-from precision_compiler.scaling import reason_against_recipe
+from precision_compiler.scaled import operand_errors
+from precision_compiler.scaling import SCALED_FORMATS, reason_against_recipe
 from precision_compiler.sites import provenance_of
 from precision_compiler.statistics import (
     Accumulated,
@@ -214,10 +215,15 @@ class Probe:
         still, axis, found = operand.detach(), -1 if index == rule.operands[0] else -2, {}
         role = self._links.contractions[self._sites[node]].role
         content = self._provenance.content(root)
+        places = sampled_places(leaf.detach(), still)
         for fmt in self._blocks:
             if reason_against_recipe(fmt.name, role, still.shape[axis]):
                 continue
-            dice = torch.Generator(still.device).manual_seed(len(self._block_errors))
+            dice, how = torch.Generator(still.device), SCALED_FORMATS[fmt.name]
+            dice.manual_seed(len(self._block_errors))
+            if places is not None and not how.rotated:
+                found[fmt.name] = operand_errors(still, places, how, axis, content, dice)
+                continue
             error = quantised(still, fmt, None, axis, content, dice) - still
             # The derivative of a view puts its elements back where they lie in the root.
             (moved,) = torch.autograd.grad(operand, leaf, error, retain_graph=True)

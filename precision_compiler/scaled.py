@@ -108,9 +108,7 @@ def quantise(
     blocks = cut.split(x)
     scales = _scales(blocks, fmt, scaling, cut)
     elements = cut.join(_elements(blocks, scales, fmt, rounding, generator), x)
-    shared = scales.block
-    for dimension in reversed(cut.inside):
-        shared = shared.squeeze(dimension)
+    shared = _squeezed(scales.block, cut)
     return Quantised(elements, shared, scales.tensor, fmt, scaling, axis)
 
 
@@ -188,6 +186,40 @@ def _turned(x: torch.Tensor, how: ScaledFormat, axis: int) -> torch.Tensor:
 
 def _rounding(how: ScaledFormat, content: Content) -> Rounding:
     return how.gradients if content == "gradient" else "nearest"
+
+
+def operand_errors(
+    x: torch.Tensor,
+    places: tuple[torch.Tensor, ...],
+    how: ScaledFormat,
+    axis: int,
+    content: Content,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """``rounded_operand(x, ...) - x`` at some places, without rounding anything else.
+
+    Args:
+        x: float32, any shape.
+        places: index tensors of one length, one for each dimension of ``x``.
+        how: format or recipe; not one that rotates.
+        axis: that the product sums over.
+        content: what the operand is.
+        generator: source of randomness of stochastic rounding; None: torch's own.
+    """
+    cut = _cut_of(x, how.scaling_of(content), axis)
+    scales = _scales(cut.split(x), how.element, how.scaling_of(content), cut)
+    sizes = dict(zip(cut.axes, cut.sizes, strict=True))
+    block = tuple(place // sizes.get(number, 1) for number, place in enumerate(places))
+    encode, shared = (_squeezed(one, cut)[block] for one in (scales.encode, scales.block))
+    numbers, own = x[places], Scales(encode, shared, scales.tensor)
+    made = _elements(numbers, own, how.element, _rounding(how, content), generator)
+    return made.mul_(own.decode).sub_(numbers)
+
+
+def _squeezed(scales: torch.Tensor, cut: _Cut) -> torch.Tensor:
+    for dimension in reversed(cut.inside):
+        scales = scales.squeeze(dimension)
+    return scales
 
 
 def _cut_of(x: torch.Tensor, scaling: Scaling, axis: int) -> _Cut:

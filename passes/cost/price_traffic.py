@@ -41,8 +41,8 @@ class PriceTraffic:
        not what eager PyTorch takes to issue one. The first of them joins the kernel that makes
        the tensor, if there is one. Where the hardware multiplies only operands that are contiguous
        along the sum, and where rows or blocks have scales, the copy is written along both axes if
-       its readers sum over both. It is read in 16 bits where the tensor is stored (plans with 8-bit operands store
-       16), in float32 where it is a parameter or input.
+       its readers sum over both. It is read in 16 bits where the tensor is stored (plans with
+       8-bit operands store 16), in float32 where it is a parameter or input.
     4. In a graph from an ONNX file no cast fuses. Its weights are cast in the file: that is free.
     5. Formats change nothing about launches, tensors that are no site, and arithmetic, which is
        float32: together they are the fixed time. On this machine arithmetic is timed, operation

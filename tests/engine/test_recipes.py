@@ -15,11 +15,14 @@ from precision_compiler.errors import ExportError, TargetError
 from precision_compiler.export.operand_rounding import prepare_rounding
 from precision_compiler.formats import CHOICES, FORMATS, choice_named, quantised
 from precision_compiler.graph import root_of
+from precision_compiler.observation import sampled, sampled_places
 from precision_compiler.passes.lower.emulate_formats import EmulateFormats
 from precision_compiler.pipeline import Pipeline
+from precision_compiler.scaled import operand_errors
 from precision_compiler.scaling import (
     RECIPES,
     SCALED_FORMATS,
+    Content,
     hardware_format,
     reason_against_recipe,
 )
@@ -175,6 +178,32 @@ def test_the_operation_is_what_torch_takes_it_for(name: str) -> None:
     x = torch.randn(32, 48)
     for given, axis in ((x, -1), (x.t(), -2), (torch.randn(4, 16, 32).transpose(0, 1), -1)):
         torch.library.opcheck(QUANTISE, (given, name, axis, None, "weight"))
+
+
+@pytest.mark.parametrize("name", [name for name in SCALED_FORMATS if name != "nvfp4_rht"])
+@pytest.mark.parametrize("content", ["weight", "activation"])
+def test_errors_of_a_sample_are_those_of_the_whole(name: str, content: Content) -> None:
+    x = torch.randn(3, 40, 320) * torch.logspace(-2, 2, 320)
+    for root, shown in (
+        (x, x.view(120, 320).t()),
+        (x.transpose(0, 1), x),
+        (x[0], x[0].t()),
+    ):
+        for axis in (-1, -2):
+            places = sampled_places(root, shown, 500)
+            assert places is not None
+            how = SCALED_FORMATS[name]
+            found = operand_errors(shown, places, how, axis, content)
+            whole = quantised(shown, choice_named(name), axis=axis, content=content) - shown
+            assert torch.equal(found, whole[places])
+            assert torch.equal(sampled(root, 500), shown[places])
+
+
+def test_a_copy_or_a_part_has_no_places() -> None:
+    x = torch.randn(8, 8)
+    assert sampled_places(x, x.clone()) is None
+    assert sampled_places(x, x[:4]) is None
+    assert sampled_places(x, x[:1].expand(8, 8)) is None
 
 
 def test_unknown_recipes_and_those_without_a_format_are_refused() -> None:
