@@ -103,6 +103,9 @@ def make_plan(
         overrides=overrides,
         progress=say,
     )
+    if rehearsal:
+        sentence = f"errors are those after {rehearsal} steps of training in float32"
+        decision.unit.journal.note("rehearse", sentence)
     return decision.plan(progress=say)
 
 

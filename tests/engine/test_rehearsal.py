@@ -70,3 +70,5 @@ def test_a_plan_is_for_the_rehearsed_weights() -> None:
     assert plans[1].verification is not None
     assert plans[1].verification.measured.loss == pytest.approx(plans[1].totals.loss)
     assert list(plans[0].sites) == list(plans[1].sites)
+    said = [entry.message for entry in plans[1].journal if "steps of training" in entry.message]
+    assert said == [f"errors are those after {STEPS} steps of training in float32"]
