@@ -65,6 +65,7 @@ class Recipe:
         formats: that plans choose from.
         budget: largest relative gradient error.
         uniform: the first of these that a matrix product may have, whatever the solver says.
+        nearest: leave out recipes, such as stochastic rounding of gradients.
         rehearsal: steps in float32 on copies of the weights, before errors are measured.
     """
 
@@ -73,6 +74,7 @@ class Recipe:
     budget: float | str
     uniform: tuple[str, ...] = ()
     rehearsal: int = 0
+    nearest: bool = False
 
 
 WIDE = ("fp32", "bf16")
@@ -82,6 +84,9 @@ PLANS = {
     "mxfp8 plan": Recipe("b200", (*WIDE, "mxfp8"), 0.1),
     "nvfp4 plan": Recipe("b200", (*WIDE, "mxfp8", "nvfp4"), 0.1),
     "rehearsed nvfp4 plan": Recipe("b200", (*WIDE, "mxfp8", "nvfp4"), 0.1, rehearsal=50),
+    "nearest nvfp4 plan": Recipe(
+        "b200", (*WIDE, "mxfp8", "nvfp4"), 0.1, rehearsal=50, nearest=True
+    ),
     "all nvfp4": Recipe("b200", (*WIDE, "nvfp4"), 1.0, ("nvfp4", "nvfp4_sr")),
 }
 VARIANTS = ("fp32", "autocast", *PLANS)
@@ -204,6 +209,7 @@ def compile_variant(recipe: Recipe | None, model: nn.Module, task: Task, seed: i
         precision_compiler.compile(model, plan=plan)
         return plan
     target = compute_bound(recipe.machine, recipe.formats)
+    target = target.with_recipes() if recipe.nearest else target
     plan = precision_compiler.make_plan(
         model, batch, target=target, budget=recipe.budget, calibration=further,
         rehearsal=recipe.rehearsal, learning_rate=task.peak,
