@@ -86,7 +86,7 @@ class Decoder(nn.Module):
 
 def problem_of(layers: int, target: str) -> tuple[Problem, dict[str, str]]:
     """The decision problem in the recipes' formats; and autocast's policy."""
-    known = Target.load(target)
+    known = Target.load(target).with_recipes()  # as published: scales and rounding of the formats
     wanted = {"fp32", "tf32", *RECIPES}
     formats = {name: rate for name, rate in known.formats.items() if name in wanted}
     with torch.device("meta"):
