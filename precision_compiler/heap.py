@@ -55,6 +55,9 @@ class SpareMemory:
             share: of the memory in use, bytes over bytes: what may lie idle.
         """
         self._share, self._most = share, 0
+        library = _glibc()
+        if library:
+            library.malloc_trim(0)
         self._beside = max(0, _resident_bytes() - _bytes_in_use())
 
     def trim(self) -> None:
