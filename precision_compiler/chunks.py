@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -92,98 +93,100 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-Phase = tuple[Sequence[fx.Node], Collection[fx.Node]]
-"""Nodes in the order they run, and those whose values are kept in any case."""
+@dataclass(frozen=True)
+class Phase:
+    """Nodes in the order they run, to be cut into chunks.
+
+    Attributes:
+        nodes: a tuple of results is unpacked within it.
+        given: nodes whose values are kept in any case.
+        sizes: about what autograd saves of each node, bytes.
+    """
+
+    nodes: Sequence[fx.Node]
+    given: Collection[fx.Node]
+    sizes: Mapping[fx.Node, int]
+
+    @cached_property
+    def crossing(self) -> list[int]:
+        """After every node, bytes that were computed and are still read, unless kept anyway."""
+        last: dict[fx.Node, int] = {}
+        for node in self.nodes:
+            root = root_of(node)
+            if root in self._place:
+                uses = [self._place[user] for user in node.users if user in self._place]
+                last[root] = max([last.get(root, 0), self._place[node], *uses])
+        kept = {root_of(node) for node in self.given}
+        change = [0] * (len(self.nodes) + 1)
+        for root, end in last.items():
+            if root not in kept:
+                change[self._place[root]] += self.sizes[root]
+                change[end] -= self.sizes[root]
+        return list(itertools.accumulate(change))[: len(self.nodes)]
+
+    def cut(self, size: int) -> list[Chunk]:
+        """Cut where few values cross, so that little has to be kept from chunk to chunk.
+
+        Args:
+            size: what autograd saves of a chunk, bytes, at the least; up to twice as much if that
+                crosses less.
+        """
+        chunks: list[Chunk] = []
+        start = 0
+        while start < len(self.nodes):
+            filled, best = 0, -1
+            for index in range(start, len(self.nodes)):
+                filled += self.sizes[self.nodes[index]]
+                if best >= 0 and filled > 2 * size:
+                    break
+                at_end = index == len(self.nodes) - 1
+                if at_end or (filled >= size and self._whole[index]):
+                    fewer = best < 0 or self.crossing[index] <= self.crossing[best]
+                    best = index if fewer else best
+            chosen = list(self.nodes[start : best + 1])
+            chunks.append(Chunk(chosen, sum(self.sizes[node] for node in chosen)))
+            start = best + 1
+        return chunks
+
+    def between(self, chunks: Sequence[Chunk]) -> int:
+        """Bytes that cross from chunk to chunk."""
+        ends = itertools.accumulate(len(chunk.nodes) for chunk in chunks)
+        return sum(self.crossing[end - 1] for end in ends)
+
+    @cached_property
+    def _place(self) -> dict[fx.Node, int]:
+        return {node: index for index, node in enumerate(self.nodes)}
+
+    @cached_property
+    def _whole(self) -> list[bool]:
+        """After every node, whether all tuples of results have been unpacked."""
+        found, together = [], -1
+        for index, node in enumerate(self.nodes):
+            if not _is_tensor(node):
+                together = max([together, *(self._place.get(user, -1) for user in node.users)])
+            found.append(index >= together)
+        return found
 
 
-def frugal(parts: Sequence[Phase], sizes: Mapping[fx.Node, int]) -> list[list[Chunk]]:
+def frugal(parts: Sequence[Phase], size: int, largest: int) -> list[list[Chunk]]:
     """Chunks of every phase, of a size that asks for little memory.
 
     That is what one chunk saves and values that cross from chunk to chunk, together.
 
     Args:
         parts: the phases.
-        sizes: about what autograd saves of each node, bytes.
+        size: about what autograd saves of all nodes, bytes.
+        largest: of one node.
     """
-    total, largest = sum(sizes.values()), max(sizes.values(), default=0)
-    found: list[tuple[int, list[list[Chunk]]]] = []
-    for count in (CHUNKS, CHUNKS // 2, CHUNKS // 4, CHUNKS // 8):
-        size = max(1, total // count, largest)
-        made = [cut(nodes, sizes, size, given) for nodes, given in parts]
-        found.append((_needed(made, parts, sizes), made))
-    return min(found, key=lambda one: one[0])[1]
 
+    def needed(made: Sequence[Sequence[Chunk]]) -> int:
+        crossing = sum(phase.between(chunks) for phase, chunks in zip(parts, made, strict=True))
+        saved = [chunk.saved_bytes for chunks in made for chunk in chunks]
+        return crossing + max(saved, default=0)
 
-def _needed(
-    made: Sequence[Sequence[Chunk]], parts: Sequence[Phase], sizes: Mapping[fx.Node, int]
-) -> int:
-    crossing = 0
-    for chunks, (nodes, given) in zip(made, parts, strict=True):
-        after = _crossing(nodes, sizes, given)
-        ends = itertools.accumulate(len(chunk.nodes) for chunk in chunks)
-        crossing += sum(after[end - 1] for end in ends)
-    largest = max((chunk.saved_bytes for chunks in made for chunk in chunks), default=0)
-    return crossing + largest
-
-
-def cut(
-    nodes: Sequence[fx.Node], sizes: Mapping[fx.Node, int], size: int, given: Collection[fx.Node]
-) -> list[Chunk]:
-    """Cut where few values cross, so that little has to be kept from chunk to chunk.
-
-    Args:
-        nodes: in graph order; a tuple of results stays with those who unpack it.
-        sizes: about what autograd saves of each, bytes.
-        size: what it saves of a chunk, at the least; up to twice as much if that crosses less.
-        given: nodes whose values are kept in any case.
-    """
-    crossing, whole = _crossing(nodes, sizes, given), _whole(nodes)
-    chunks: list[Chunk] = []
-    start = 0
-    while start < len(nodes):
-        filled, best = 0, -1
-        for index in range(start, len(nodes)):
-            filled += sizes[nodes[index]]
-            if best >= 0 and filled > 2 * size:
-                break
-            at_end = index == len(nodes) - 1
-            if at_end or (filled >= size and whole[index]):
-                best = index if best < 0 or crossing[index] <= crossing[best] else best
-        chosen = list(nodes[start : best + 1])
-        chunks.append(Chunk(chosen, sum(sizes[node] for node in chosen)))
-        start = best + 1
-    return chunks
-
-
-def _crossing(
-    nodes: Sequence[fx.Node], sizes: Mapping[fx.Node, int], given: Collection[fx.Node]
-) -> list[int]:
-    """After every node, bytes that were computed and are still read, unless kept in any case."""
-    place = {node: index for index, node in enumerate(nodes)}
-    last: dict[fx.Node, int] = {}
-    for node in nodes:
-        root = root_of(node)
-        if root in place:
-            uses = [place[user] for user in node.users if user in place]
-            last[root] = max([last.get(root, place[root]), place[node], *uses])
-    kept = {root_of(node) for node in given}
-    change = [0] * (len(nodes) + 1)
-    for root, end in last.items():
-        if root not in kept:
-            change[place[root]] += sizes[root]
-            change[end] -= sizes[root]
-    return list(itertools.accumulate(change))[: len(nodes)]
-
-
-def _whole(nodes: Sequence[fx.Node]) -> list[bool]:
-    """After every node, whether all tuples of results have been unpacked."""
-    place = {node: index for index, node in enumerate(nodes)}
-    found, together = [], -1
-    for index, node in enumerate(nodes):
-        if not _is_tensor(node):
-            together = max([together, *(place.get(user, -1) for user in node.users)])
-        found.append(index >= together)
-    return found
+    counts = (CHUNKS, CHUNKS // 2, CHUNKS // 4, CHUNKS // 8)
+    sizes = [max(1, size // count, largest) for count in counts]
+    return min(([phase.cut(size) for phase in parts] for size in sizes), key=needed)
 
 
 def affordable(chunks: Sequence[Chunk], memory: float) -> set[int]:

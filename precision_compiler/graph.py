@@ -7,6 +7,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -137,6 +138,7 @@ def base_name(target: object) -> str:
     return str(getattr(target, "__name__", target))
 
 
+@cache
 def _aliases(target: object) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return False

@@ -1,8 +1,10 @@
 """Keep freed memory at hand while many large tensors come and go."""
 
 import ctypes
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt(3)
 _MOST = 2**31 - 1
@@ -39,22 +41,48 @@ def _glibc() -> ctypes.CDLL | None:
     return library if hasattr(library, "gnu_get_libc_version") else None
 
 
+class SpareMemory:
+    """Hands memory of freed tensors back where it would make a program larger than it need be.
+
+    What is free lies in pieces between what is in use, and new tensors may fit none of them. That
+    much is let be beside the most that was in use; on Linux with glibc only.
+    """
+
+    def __init__(self, share: float = 0.05) -> None:
+        """Begin.
+
+        Args:
+            share: of the memory in use, bytes over bytes: what may lie idle.
+        """
+        self._share, self._most = share, 0
+        library = _glibc()
+        if library:
+            library.malloc_trim(0)
+        self._beside = max(0, _resident_bytes() - _bytes_in_use())
+
+    def trim(self) -> None:
+        """Hand back what is free, if it is too much."""
+        self._most = max(self._most, _bytes_in_use())
+        library = _glibc()
+        if library and _resident_bytes() > self._beside + (1 + self._share) * self._most:
+            library.malloc_trim(0)
+
+
 class _Information(ctypes.Structure):
-    """glibc's ``struct mallinfo2``; its last fields are bytes in use, free, and on top."""
+    """glibc's ``struct mallinfo2``: its last but two is bytes in use, the fifth what is mapped."""
 
     _fields_ = (("sizes", ctypes.c_size_t * 10),)
 
 
-def spare_memory_returned(share: float) -> None:
-    """Give memory of freed tensors back to the system, if it is much beside what is in use.
-
-    Args:
-        share: of the memory in use, bytes over bytes: up to that much stays at hand.
-    """
+def _bytes_in_use() -> int:
     library = _glibc()
     if library is None or not hasattr(library, "mallinfo2"):
-        return
+        return 0
     library.mallinfo2.restype = _Information
-    *_, used, free, _ = library.mallinfo2().sizes
-    if free > share * used:
-        library.malloc_trim(0)
+    sizes = library.mallinfo2().sizes
+    return int(sizes[4] + sizes[7])
+
+
+def _resident_bytes() -> int:
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * mmap.PAGESIZE if status.exists() else 0

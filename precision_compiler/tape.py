@@ -16,13 +16,10 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision_compiler.capture import Captured
-from precision_compiler.chunks import Chunk, affordable, frugal, phases, saved_bytes
+from precision_compiler.chunks import Chunk, Phase, affordable, frugal, phases, saved_bytes
 from precision_compiler.graph import contraction_rule, reached_from, value_of
-from precision_compiler.heap import spare_memory_returned
+from precision_compiler.heap import SpareMemory
 from precision_compiler.replay import is_step, tangent_positions
-
-SPARE = 0.3
-"""Share of the memory in use that may be free between chunks: what is free lies in pieces."""
 
 Values = Callable[[fx.Node], Any]
 """Gives the value that a node has while a chunk runs."""
@@ -70,11 +67,16 @@ class Tape:
         own, ends = (_nodes(self.results), _nodes(self.gradients))
         forward, backward = phases(steps, own, self.tangents)
         read = {source for node in backward for source in node.all_input_nodes}
-        parts = (forward, [*read, *own, *ends]), (backward, [*own, *ends])
-        self.forward, self.backward = frugal(parts, self._sizes)
+        parts = (
+            Phase(forward, [*read, *own, *ends], self._sizes),
+            Phase(backward, [*own, *ends], self._sizes),
+        )
+        saved = self._sizes.values()
+        self.forward, self.backward = frugal(parts, sum(saved), max(saved, default=0))
         self.kept = affordable(self.chunks, memory)
         self._connect()
         self.values: dict[fx.Node, Any] = {}
+        self._heap = SpareMemory()
         self._objective: tuple[list[Any], list[torch.Tensor], torch.Tensor] | None = None
 
     @property
@@ -149,7 +151,7 @@ class Tape:
         with torch.set_grad_enabled(id(chunk) in self.kept):
             made = self._execute(chunk)
         self.values.update((node, _still(value)) for node, value in made.items())
-        spare_memory_returned(SPARE)
+        self._heap.trim()
 
     def _execute(self, chunk: Chunk) -> dict[fx.Node, Any]:
         torch.manual_seed(self.seed + self.chunks.index(chunk))
@@ -243,7 +245,7 @@ class Tape:
         chunk.leaves, chunk.made, chunk.constants = {}, {}, []
         for node in chunk.gives:
             self.values.pop(node, None)
-        spare_memory_returned(SPARE)
+        self._heap.trim()
 
 
 @dataclass

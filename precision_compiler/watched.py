@@ -72,7 +72,8 @@ class Watched:
         weight, row = unweighted(), self.gradient.get(key)
         measured: Mapping[str, Measured] = {}
         if row is not None:
-            weight[0], measured = observed.weight(row), observed.measured(row, errors)
+            wide = row.double()
+            weight[0], measured = observed.weight(wide), observed.measured(wide, errors)
         for metric in range(1, len(METRICS)):
             weight[metric] = self.others.get((key, metric), 0.0)
         return Sensitivity(weight, observed.amax, observed.count, observed.size, measured)

@@ -1,6 +1,6 @@
 """See MeasureSensitivity."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
@@ -117,6 +117,9 @@ class MeasureSensitivity:
                 raise AnalysisError(_useless(norm, tape.captured.joint.inference))
             if sums is not None:
                 sums.add(gradients)
+            doubtful = {} if noise else _doubtful(tensors, gradients)
+            if self.tensors:  # the weights of that objective ask which gradients are zero
+                tensors, doubtful = _with_float32_noise(tape.captured, tensors, doubtful), {}
             probes: dict[str, Sequence[torch.Tensor]] = {
                 "gradient": Signs(gradients, [1 / norm] * len(tensors), seed)
             }
@@ -127,6 +130,7 @@ class MeasureSensitivity:
             del gradients  # the tape lets go of them one by one
             tape.differentiate(probes, partial(_turn_to, probe), probe.finish)
             probe.finish_rest()
+        tensors = _with_float32_noise(tape.captured, tensors, doubtful)
         return probe.statistics(norm, float(loss), tensors)
 
 
@@ -196,28 +200,41 @@ def _tensor_weights(tensors: Sequence[TensorGradient]) -> list[float]:
 def _tensors(
     tape: Tape, gradients: Sequence[torch.Tensor], noise: list[float] | None
 ) -> tuple[TensorGradient, ...]:
-    """The parameters' gradients, and how far float32 decides those that are suspiciously small.
+    """The parameters' gradients, with float32's noise in them where it is known."""
+    known = noise or [0.0] * len(gradients)
+    names, sizes = tape.captured.joint.goal_names, [value.numel() for value in gradients]
+    return tuple(map(TensorGradient, names, map(_norm, gradients), known, sizes))
+
+
+def _doubtful(
+    tensors: Sequence[TensorGradient], gradients: Sequence[torch.Tensor]
+) -> dict[int, torch.Tensor]:
+    """The gradients that are so small that float32 may not decide them, by position."""
+    squares = sum(tensor.norm**2 for tensor in tensors)
+    typical = (squares / sum(tensor.elements for tensor in tensors)) ** 0.5
+    return {
+        index: gradients[index]
+        for index, tensor in enumerate(tensors)
+        if tensor.norm <= _SUSPICIOUS * typical * tensor.elements**0.5
+    }
+
+
+def _with_float32_noise(
+    captured: Captured, tensors: tuple[TensorGradient, ...], doubtful: Mapping[int, torch.Tensor]
+) -> tuple[TensorGradient, ...]:
+    """How far float32 decides the doubtful gradients.
 
     One more run, with every parameter moved by one unit in its last place: a gradient that is
     nothing but rounding noise moves as far as it is long. Once per model: further batches take
     over what was found.
     """
-    norms = list(map(_norm, gradients))
-    sizes = [gradient.numel() for gradient in gradients]
-    if noise is None:
-        noise = _float32_noise(tape, gradients, norms, sizes)
-    return tuple(map(TensorGradient, tape.captured.joint.goal_names, norms, noise, sizes))
-
-
-def _float32_noise(
-    tape: Tape, gradients: Sequence[torch.Tensor], norms: list[float], sizes: list[int]
-) -> list[float]:
-    typical = (sum(norm**2 for norm in norms) / sum(sizes)) ** 0.5
-    pairs = zip(norms, sizes, strict=True)
-    if not any(norm <= _SUSPICIOUS * typical * size**0.5 for norm, size in pairs):
-        return [0.0] * len(norms)
-    _, moved = gradients_of(tape.captured, inputs=_jittered(tape.captured.joint))
-    return [_norm(a - b) for a, b in zip(gradients, moved, strict=True)]
+    if not doubtful:
+        return tensors
+    _, moved = gradients_of(captured, inputs=_jittered(captured.joint))
+    found = list(tensors)
+    for index, gradient in doubtful.items():
+        found[index] = replace(tensors[index], noise=_norm(gradient - moved[index]))
+    return tuple(found)
 
 
 def _norm(gradient: torch.Tensor) -> float:

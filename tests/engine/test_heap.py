@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from precision_compiler.heap import freed_memory_kept, spare_memory_returned
+from precision_compiler.heap import SpareMemory, freed_memory_kept
 
 ELEMENTS = 7 << 20  # 28 MiB: four of them are more than glibc ever keeps by itself
 GLIBC = platform.libc_ver()[0] == "glibc"
@@ -46,14 +46,15 @@ def test_what_was_kept_goes_back_to_the_system() -> None:
 
 
 @pytest.mark.skipif(not GLIBC, reason="other C libraries are left alone")
-def test_much_spare_memory_goes_back_at_once_and_little_stays() -> None:
+def test_spare_memory_goes_back_where_it_is_more_than_a_share_of_what_was_in_use() -> None:
     with freed_memory_kept():
+        generous, strict = SpareMemory(1e3), SpareMemory(0.0)
         made = [torch.zeros(ELEMENTS) for _ in range(4)]
         del made
         kept = resident_bytes()
-        spare_memory_returned(1e9)
+        generous.trim()
         assert resident_bytes() > kept - ELEMENTS
-        spare_memory_returned(0.0)
+        strict.trim()
         assert resident_bytes() < kept - 3 * 4 * ELEMENTS
 
 
