@@ -10,6 +10,7 @@ from torch import nn
 import precision_compiler
 from precision_compiler.lowering.products import Lowered
 from precision_compiler.plan import Plan
+from precision_compiler.scaling import hardware_format
 from tests.models import Llama, made, planned
 
 WIDTH, LENGTH, WORDS = 2048, 1024, 5003  # of which none divides the vocabulary
@@ -64,15 +65,16 @@ def test_every_product_has_exactly_the_planned_format(
 
 def test_what_breaks_alignment_is_filled_up_or_kept_wide_with_the_reason() -> None:
     plan, found = lowered("h100", 0.15)
-    assert contractions(plan)["head.fprop"] == "e4m3"
+    assert hardware_format(contractions(plan)["head.fprop"]) == "e4m3"
     (product,) = (p for p in found.products if p.site == "head.fprop")
-    assert product.operation == "_scaled_mm"
+    row_scaled = {"e4m3": "_scaled_mm", "e4m3_row": "scaled_gemm"}  # rows: bf16 results alone
+    assert product.operation == row_scaled[product.format]
     filled = [
-        node.meta["val"].shape
+        value
         for node in found.module.graph.nodes
-        if "_scaled_mm" in str(node.target) and 5008 in node.meta["val"].shape
+        if isinstance(value := node.meta.get("val"), torch.Tensor) and 5008 in value.shape
     ]
-    assert filled  # 5003 words in rows of 16
+    assert torch.float8_e4m3fn in {value.dtype for value in filled}  # 5003 words in rows of 16
     blocks, _ = lowered("b200", 0.15)
     option = blocks.sites["head.dgrad"].options["mxfp8"]
     assert option.veto == "support: the sum over 5003 elements does not divide into blocks of 32"
