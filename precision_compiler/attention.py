@@ -33,9 +33,9 @@ def _probabilities(
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~seen, -torch.inf)
     normaliser = scores.logsumexp(-1) if logsumexp is None else logsumexp
-    empty = normaliser.unsqueeze(-1) == -torch.inf  # rows that see nothing attend to nothing
-    shifted = torch.where(empty, -torch.inf, scores - normaliser.unsqueeze(-1))
-    return shifted.exp(), normaliser
+    # Rows that see nothing attend to nothing: their scores stay at minus infinity.
+    finite = normaliser.masked_fill(normaliser == -torch.inf, 0.0)
+    return (scores - finite.unsqueeze(-1)).exp(), normaliser
 
 
 def _scale(query: torch.Tensor, scale: float | None) -> float:

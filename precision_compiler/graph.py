@@ -169,6 +169,14 @@ def root_of(node: fx.Node) -> fx.Node:
     return node
 
 
+def primals_and_tangents(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The placeholders of a joint graph: those of its inputs, and of gradients of its results."""
+    primals, tangents = list[fx.Node](), list[fx.Node]()
+    for node in graph.find_nodes(op="placeholder"):
+        (tangents if "tangents" in str(node.target) else primals).append(node)
+    return primals, tangents
+
+
 def reached_from(starts: Iterable[fx.Node]) -> set[fx.Node]:
     """All nodes that depend on any of ``starts``, the starts included."""
     sources = list(starts)

@@ -5,7 +5,7 @@ and our hook at ``joint_custom_pre_pass``, so what is analysed here is what is c
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses import FakeTensor
 
 from precision_compiler.errors import CaptureError
-from precision_compiler.graph import copied, value_of
+from precision_compiler.graph import copied, primals_and_tangents, value_of
 from precision_compiler.sites import Site, find_sites
 from precision_compiler.sizes import size_hint
 
@@ -70,9 +70,7 @@ class JointGraph:
             names: human name of every input.
             parameters: which inputs are parameters.
         """
-        holders = module.graph.find_nodes(op="placeholder")
-        tangents = [node for node in holders if "tangents" in str(node.target)]
-        primals = [node for node in holders if node not in tangents]
+        primals, tangents = primals_and_tangents(module.graph)
         if len(primals) != len(names):
             raise CaptureError(
                 f"the graph has {len(primals)} inputs but the model was called with {len(names)}: "
@@ -114,8 +112,36 @@ class JointGraph:
         assert isinstance(results, (list, tuple))
         if self.inference:
             return [f"output_{index}" for index, node in enumerate(results) if _is_float(node)]
-        pairs = zip(self.names, results[self.outputs :], strict=True)
-        return [name for name, node in pairs if isinstance(node, fx.Node)]
+        return self._owners(self.names)
+
+    @property
+    def goal_holders(self) -> list[str]:
+        """Names of the placeholders that the gradients of a training graph belong to."""
+        return self._owners([node.name for node in primals_and_tangents(self.module.graph)[0]])
+
+    def _owners(self, labels: Sequence[str]) -> list[str]:
+        """Of labels of all inputs, those of inputs that there is a gradient of."""
+        results = self.module.graph.output_node().args[0]
+        assert isinstance(results, (list, tuple))
+        pairs = zip(labels, results[self.outputs :], strict=True)
+        return [label for label, node in pairs if isinstance(node, fx.Node)]
+
+    @property
+    def parameter_values(self) -> dict[str, torch.Tensor]:
+        """Values of the parameters by the name of their placeholder."""
+        primals, _ = primals_and_tangents(self.module.graph)
+        pairs = zip(primals, self.inputs, strict=True)
+        return {node.name: value for node, value in pairs if node.name in self.parameters}
+
+    def inputs_with(self, values: Mapping[str, torch.Tensor]) -> list[Any]:
+        """The inputs with other values in some places.
+
+        Args:
+            values: by the name of the placeholder.
+        """
+        primals, _ = primals_and_tangents(self.module.graph)
+        pairs = zip(primals, self.inputs, strict=True)
+        return [values.get(node.name, value) for node, value in pairs]
 
     def with_inputs(self, values: Sequence[Any]) -> "JointGraph":
         """The same graph, not copied, with the values of another batch."""

@@ -11,7 +11,7 @@ import torch
 
 from precision_compiler.elements import FORMATS, Format
 from precision_compiler.rounding import round_to
-from precision_compiler.scaled import quantise, quantised_operand
+from precision_compiler.scaled import quantised_operand
 from precision_compiler.scales import scales_of
 from precision_compiler.scaling import SCALED_FORMATS, TENSOR, Content, Scaling
 
@@ -81,14 +81,13 @@ def scaled_operand(x: torch.Tensor, name: str, right: bool, content: Content) ->
         start at multiples of four for square ones: the layouts of ``torch._scaled_mm``.
     """
     row = SCALED_FORMATS[name]
-    scaling = row.scaling_of(content)
-    made = quantise(
-        _for_scaling(_with_sum_last(x, ALIGNMENT, right), scaling), row.element, scaling
-    )
+    granularity = row.scaling_of(content).granularity
+    rows = _for_scaling(_with_sum_last(x, ALIGNMENT, right), row.scaling_of(content))
+    made = quantised_operand(rows, row, content)
     scales = made.scales
-    if scaling.granularity == "block":
+    if granularity == "block":
         scales = _in_rows(scales.t()).t()
-    elif scaling.granularity == "block2d":
+    elif granularity == "block2d":
         filled = torch.nn.functional.pad(scales, (0, -scales.shape[1] % _SCALE_COLUMNS))
         scales = filled.narrow(1, 0, scales.shape[1])
     else:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from precision_compiler.formats import CHOICES, Format, relative_variance
 from precision_compiler.plan import Plan, SiteChoice
-from precision_compiler.scaling import SCALED_FORMATS, hardware_format
+from precision_compiler.scaling import hardware_format, is_stochastic
 from precision_compiler.sites import Site
 from precision_compiler.statistics import Sensitivity, unweighted
 
@@ -120,17 +120,16 @@ def lend(sites: Sequence[Site], formats: Iterable[str], sibling: Plan | None) ->
 def _from_formats(site: Site, formats: Iterable[str], layers: int) -> Loan:
     operands = 2 if site.kind == "contraction" else 1
     variances = {
-        name: operands * relative_variance(CHOICES[name]) * _growth(name) / layers
+        name: operands * relative_variance(CHOICES[name]) * _growth(name, site.role) / layers
         for name in formats
         if name != "fp32"
     }
     return Loan(variances, {}, None)
 
 
-def _growth(name: str) -> float:
-    """Variance of a recipe over its format's: twice as large for one of two operands."""
-    row = SCALED_FORMATS.get(name)
-    return 1.5 if row is not None and row.gradients == "stochastic" else 1.0
+def _growth(name: str, role: str) -> float:
+    """Variance of a recipe over its format's: twice as large if one of two operands is drawn."""
+    return 1.5 if is_stochastic(name) and role in ("dgrad", "wgrad") else 1.0
 
 
 def _from_site(name: str, choice: SiteChoice, share: float, formats: Iterable[str]) -> Loan:
@@ -138,7 +137,7 @@ def _from_site(name: str, choice: SiteChoice, share: float, formats: Iterable[st
     known = {fmt: option.error**2 * share for fmt, option in options}
     recipes = (fmt for fmt in formats if fmt not in known and hardware_format(fmt) in known)
     return Loan(
-        known | {fmt: known[hardware_format(fmt)] * _growth(fmt) for fmt in recipes},
+        known | {fmt: known[hardware_format(fmt)] * _growth(fmt, choice.role) for fmt in recipes},
         {fmt: option.veto for fmt, option in options if option.veto is not None},
         name,
     )

@@ -21,6 +21,7 @@ from precision_compiler.graph import (
     is_matrix_product,
     is_movement,
 )
+from precision_compiler.joint import JointGraph
 from precision_compiler.links import Links
 from precision_compiler.observation import GLANCE, insensitive, sampled, sampled_places
 from precision_compiler.replay import execute
@@ -55,22 +56,21 @@ class Probe:
 
     def __init__(
         self,
-        graph: fx.Graph,
+        joint: JointGraph,
         links: Links,
         formats: Sequence[Format],
         accumulators: Mapping[str, Accumulator] | None = None,
-        parameters: frozenset[str] = frozenset(),
     ) -> None:
         """Prepare the hooks.
 
         Args:
-            graph: the joint graph.
+            joint: the graph.
             links: its sites and how they touch.
             formats: formats that tensors are really rounded to.
             accumulators: formats whose contractions the target does not add up in float32.
-            parameters: names of the placeholders that are parameters.
         """
-        self._links, self._provenance = links, provenance_of(graph, parameters)
+        graph = joint.module.graph
+        self._links, self._provenance = links, provenance_of(graph, joint.parameters)
         self.formats = [fmt for fmt in formats if not fmt.by_axis]
         self.metric = 0
         self._blocks = [fmt for fmt in formats if fmt.by_axis]

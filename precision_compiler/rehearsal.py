@@ -4,16 +4,13 @@ Relative errors of rounding change while a model trains: gradients of the first 
 all later ones. The steps run on the captured graph with weights of their own; the model keeps its.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import fx
 
 from precision_compiler.capture import Captured
 from precision_compiler.errors import AnalysisError
-from precision_compiler.joint import JointGraph
 from precision_compiler.pipeline import Progress, silent
 from precision_compiler.replay import gradients_of
 
@@ -39,23 +36,31 @@ def rehearse(
         progress: called with a short sentence now and then.
 
     Raises:
-        AnalysisError: the loss is no longer finite; says what to do.
+        AnalysisError: the model has no weights, or its loss is no longer finite; says what to do.
     """
     if steps < 1:
         return (*batches, *unseen)
-    weights = _weights(batches[0].joint)
+    first = batches[0].joint
+    if not first.has_values:
+        raise AnalysisError("a model on the meta device has no weights: leave the rehearsal out")
+    owners = set(first.goal_holders)
+    weights = {
+        name: value.detach().clone()
+        for name, value in first.parameter_values.items()
+        if name in owners
+    }
     optimizer = torch.optim.AdamW(weights.values(), lr=0.0, betas=_BETAS)
     rate = LEARNING_RATE if learning_rate is None else learning_rate
     for step in range(1, steps + 1):
         captured = batches[(step - 1) % len(batches)]
         progress(f"Rehearse step {step} of {steps}")
-        loss, gradients = gradients_of(captured, inputs=_with(captured.joint, weights))
+        loss, gradients = gradients_of(captured, inputs=captured.joint.inputs_with(weights))
         if not loss.isfinite():
             raise AnalysisError(
                 f"the loss is {float(loss)} at step {step} of the rehearsal: give the learning "
                 "rate of the training, or a smaller one"
             )
-        for name, gradient in zip(_owners(captured.joint), gradients, strict=True):
+        for name, gradient in zip(captured.joint.goal_holders, gradients, strict=True):
             if name in weights:
                 weights[name].grad = gradient
         optimizer.param_groups[0]["lr"] = rate * step / steps
@@ -63,32 +68,7 @@ def rehearse(
     return tuple(_moved(captured, weights) for captured in (*batches, *unseen))
 
 
-def _weights(joint: JointGraph) -> dict[str, torch.Tensor]:
-    """Copies of the parameters that have gradients, by placeholder."""
-    owners = set(_owners(joint))
-    holders = joint.module.graph.find_nodes(op="placeholder")
-    return {
-        node.name: value.detach().clone().requires_grad_()
-        for node, value in zip(holders, joint.inputs, strict=False)
-        if node.name in joint.parameters and node.name in owners
-    }
-
-
-def _owners(joint: JointGraph) -> list[str]:
-    """The placeholder that each of the graph's gradients belongs to."""
-    results: Any = joint.module.graph.output_node().args[0]
-    holders = joint.module.graph.find_nodes(op="placeholder")
-    pairs = zip(holders, results[joint.outputs :], strict=False)
-    return [holder.name for holder, node in pairs if isinstance(node, fx.Node)]
-
-
-def _with(joint: JointGraph, weights: dict[str, torch.Tensor]) -> list[Any]:
-    holders = joint.module.graph.find_nodes(op="placeholder")
-    pairs = zip(holders, joint.inputs, strict=False)
-    return [weights[node.name].detach() if node.name in weights else value for node, value in pairs]
-
-
-def _moved(captured: Captured, weights: dict[str, torch.Tensor]) -> Captured:
+def _moved(captured: Captured, weights: Mapping[str, torch.Tensor]) -> Captured:
     """A batch with other weights; the model itself, which has not moved, is out of reach."""
-    joint = captured.joint.with_inputs(_with(captured.joint, weights))
+    joint = captured.joint.with_inputs(captured.joint.inputs_with(weights))
     return replace(captured, joint=joint, again=None, gradients=None)

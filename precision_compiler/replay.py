@@ -9,7 +9,7 @@ from torch import fx
 
 from precision_compiler.capture import Captured
 from precision_compiler.errors import AnalysisError
-from precision_compiler.graph import aten, reached_from, value_of
+from precision_compiler.graph import aten, primals_and_tangents, reached_from, value_of
 
 Execute = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -46,9 +46,7 @@ class Replay:
     ) -> None:
         graph = module.graph
         self._run = run
-        holders = graph.find_nodes(op="placeholder")
-        self._tangents = [node for node in holders if "tangents" in str(node.target)]
-        primals = [node for node in holders if node not in self._tangents]
+        primals, self._tangents = primals_and_tangents(graph)
         self.values: dict[fx.Node, Any] = dict(zip(primals, inputs, strict=True))
         later = reached_from(self._tangents) if self._tangents else set()
         steps = [node for node in graph.nodes if is_step(node)]

@@ -205,6 +205,12 @@ def is_stochastic(name: str) -> bool:
     return row is not None and row.gradients == "stochastic"
 
 
+def suits(name: str, role: str) -> bool:
+    """Whether a format or recipe is meant for products of a role."""
+    row = SCALED_FORMATS.get(name)
+    return row is None or not row.roles or role in row.roles
+
+
 def reason_against_recipe(name: str, role: str, length: int) -> str:
     """Why a format or recipe is not for a product; empty if it is.
 
@@ -216,11 +222,11 @@ def reason_against_recipe(name: str, role: str, length: int) -> str:
     row = SCALED_FORMATS.get(name)
     if row is None:
         return ""
-    if row.roles and role not in row.roles:
+    if not suits(name, role):
         return f"{name} is a recipe for {' and '.join(row.roles)}"
     if row.rotated and length % ROTATED:
         return f"the sum over {length} elements does not divide into tiles of {ROTATED}"
-    if row.base and row.scaling.scale == "fp32" and 0 < length <= row.scaling.size:
+    if row.base and row.scaling.scale == "fp32" and length <= row.scaling.size:
         return "one block is the whole row, which has a recipe of its own"
     return ""
 

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, cast
@@ -29,6 +29,7 @@ from precision_compiler.graph import (
     is_backward,
     is_float32,
     is_movement,
+    primals_and_tangents,
     reached_from,
     root_of,
     shape_of,
@@ -94,15 +95,37 @@ class Provenance:
 
 def provenance_of(graph: fx.Graph, parameters: frozenset[str]) -> Provenance:
     """Trace what every node depends on; ``parameters`` names the parameters' placeholders."""
-    holders = graph.find_nodes(op="placeholder")
-    tangents = [node for node in holders if "tangents" in str(node.target)]
-    weights = [node for node in holders if node.name in parameters]
-    inputs = [node for node in holders if node not in weights and node not in tangents]
+    primals, tangents = primals_and_tangents(graph)
+    weights = [node for node in primals if node.name in parameters]
+    inputs = [node for node in primals if node.name not in parameters]
     return Provenance(
         frozenset(reached_from(weights)),
         frozenset(reached_from(inputs)),
         frozenset(reached_from(tangents)),
     )
+
+
+def contents_of(
+    graph: fx.Graph, parameters: frozenset[str], contractions: Collection[fx.Node]
+) -> dict[tuple[fx.Node, int], Content]:
+    """What each rounded argument of some contractions is; to be asked before a graph is rewritten.
+
+    Args:
+        graph: theirs.
+        parameters: names of the placeholders that are parameters.
+        contractions: nodes.
+
+    Returns:
+        By contraction and position of the argument.
+    """
+    if not contractions:
+        return {}
+    provenance = provenance_of(graph, parameters)
+    return {
+        (node, index): provenance.content(root_of(argument))
+        for node in contractions
+        for index, argument in rounded_arguments(node).items()
+    }
 
 
 def find_sites(

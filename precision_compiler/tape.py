@@ -8,16 +8,15 @@ and made again by running the chunk a second time.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from precision_compiler.adjoints import Adjoints, Known, derivatives, is_float
 from precision_compiler.capture import Captured
 from precision_compiler.chunks import Chunk, Phase, affordable, frugal, phases, saved_bytes
-from precision_compiler.graph import contraction_rule, reached_from, value_of
+from precision_compiler.graph import contraction_rule, primals_and_tangents, reached_from, value_of
 from precision_compiler.heap import SpareMemory
 from precision_compiler.replay import is_step, tangent_positions
 
@@ -55,9 +54,7 @@ class Tape:
         """
         self.captured, self.runner, self.seed = captured, runner, seed
         graph, joint = captured.joint.module.graph, captured.joint
-        holders = graph.find_nodes(op="placeholder")
-        self.tangents = [node for node in holders if "tangents" in str(node.target)]
-        self.primals = [node for node in holders if node not in self.tangents]
+        self.primals, self.tangents = primals_and_tangents(graph)
         results = graph.output_node().args[0]
         assert isinstance(results, (list, tuple))
         self.results = list(results[: joint.outputs])
@@ -112,7 +109,7 @@ class Tape:
             arrived: called with the objective before hooks fire for it.
             finished: called when no further derivative can reach what a chunk computed.
         """
-        adjoints = {name: _Adjoints(probe) for name, probe in probes.items()}
+        adjoints = {name: Adjoints(probe) for name, probe in probes.items()}
         for name, probe in probes.items():
             for index, node in enumerate(self.gradients) if len(probe) else ():
                 adjoints[name].seeds.setdefault(node, []).append(index)
@@ -159,7 +156,7 @@ class Tape:
         recording = torch.is_grad_enabled()
         for node in chunk.reads:
             value = _still(self.values[node])
-            if recording and _is_float(value) and node not in self.primals:
+            if recording and is_float(value) and node not in self.primals:
                 chunk.leaves[node] = value.requires_grad_()
             found[node] = value
         for node in chunk.nodes:
@@ -176,7 +173,7 @@ class Tape:
         draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if draws or not isinstance(value, torch.Tensor) or not self._sizes[node]:
             return nullcontext()  # what draws has to move on the source of random numbers
-        return _Known(node.target, value)
+        return Known(node.target, value)
 
     def _run_objective(self) -> torch.Tensor:
         with torch.enable_grad():
@@ -193,22 +190,20 @@ class Tape:
         return loss.detach()
 
     def _tangent_positions(self) -> list[int]:
-        floats = [node for node in self.primals if _is_float(self.values[node])]
+        floats = [node for node in self.primals if is_float(self.values[node])]
         moved = reached_from(floats) if floats else set()
         known = [node in moved for node in self.results]
         return tangent_positions(self.results, known, len(self.tangents))
 
     def _result(self, node: Any) -> Any:
         value = _still(self.values[node]) if isinstance(node, fx.Node) else node
-        return value.requires_grad_() if _is_float(value) else value
+        return value.requires_grad_() if is_float(value) else value
 
-    def _through_objective(
-        self, adjoints: Mapping[str, "_Adjoints"], of_loss: Sequence[str]
-    ) -> None:
+    def _through_objective(self, adjoints: Mapping[str, Adjoints], of_loss: Sequence[str]) -> None:
         assert self._objective is not None
         leaves, tangents, loss = self._objective
-        nodes = [node for node, leaf in zip(self.results, leaves, strict=True) if _is_float(leaf)]
-        inputs = [leaf for leaf in leaves if _is_float(leaf)]
+        nodes = [node for node, leaf in zip(self.results, leaves, strict=True) if is_float(leaf)]
+        inputs = [leaf for leaf in leaves if is_float(leaf)]
         for name, known in adjoints.items():
             outputs = [
                 (tangent, known.take(node))
@@ -217,14 +212,14 @@ class Tape:
             ]
             if name in of_loss:
                 outputs.append((loss, torch.ones_like(loss)))
-            for node, value in zip(nodes, _derivatives(outputs, inputs), strict=True):
+            for node, value in zip(nodes, derivatives(outputs, inputs), strict=True):
                 if value is not None:
                     known.add(node, value)
 
     def _retreat(
         self,
         chunk: Chunk,
-        adjoints: Mapping[str, "_Adjoints"],
+        adjoints: Mapping[str, Adjoints],
         arrived: Callable[[str], None],
     ) -> None:
         active = [name for name, known in adjoints.items() if any(n in known for n in chunk.gives)]
@@ -238,7 +233,7 @@ class Tape:
                 (chunk.made[node], known.take(node)) for node in chunk.gives if node in known
             ]
             arrived(name)
-            found = _derivatives(outputs, inputs, retain=name != active[-1])
+            found = derivatives(outputs, inputs, retain=name != active[-1])
             for node, value in zip(chunk.leaves, found, strict=False):
                 if value is not None:
                     known.add(node, value)
@@ -248,75 +243,13 @@ class Tape:
         self._heap.trim()
 
 
-@dataclass
-class _Adjoints:
-    """Derivatives of one objective that wait for the chunk that made their tensors.
-
-    Attributes:
-        probe: what each gradient is multiplied with.
-        seeds: of gradients, their positions.
-        found: what later chunks gave.
-    """
-
-    probe: Sequence[torch.Tensor]
-    seeds: dict[fx.Node, list[int]] = field(default_factory=dict)
-    found: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
-
-    def __contains__(self, node: fx.Node) -> bool:
-        return node in self.seeds or node in self.found
-
-    def add(self, node: fx.Node, value: torch.Tensor) -> None:
-        """One more reader's derivative."""
-        self.found[node] = self.found[node] + value if node in self.found else value
-
-    def take(self, node: fx.Node) -> torch.Tensor:
-        """The sum of all that arrived at a node."""
-        for index in self.seeds.pop(node, ()):
-            self.add(node, self.probe[index])
-        return self.found.pop(node)
-
-
-class _Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lets autograd record an operation whose result is known, without running it."""
-
-    def __init__(self, target: Any, value: torch.Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._target, self._value = target, value
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """What torch asks for every operation, below autograd."""
-        if func is self._target:
-            return self._value.detach()
-        return func(*args, **(kwargs or {}))
-
-
 def _is_dear(node: fx.Node) -> bool:
     """Whether running a node twice costs more than keeping its result."""
     return contraction_rule(node) is not None and value_of(node) is not None
 
 
-def _derivatives(
-    outputs: Sequence[tuple[Any, torch.Tensor]], inputs: Sequence[torch.Tensor], retain: bool = True
-) -> Sequence[torch.Tensor | None]:
-    live = [(value, seed) for value, seed in outputs if _is_float(value) and value.requires_grad]
-    if not live or not inputs:
-        return [None] * len(inputs)
-    values, seeds = zip(*live, strict=True)
-    return torch.autograd.grad(values, inputs, seeds, retain_graph=retain, allow_unused=True)
-
-
 def _nodes(results: Sequence[Any]) -> list[fx.Node]:
     return [node for node in results if isinstance(node, fx.Node)]
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _still(value: Any) -> Any:

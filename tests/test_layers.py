@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up. A folder stands for everything in it that is not named on its own.
 LAYERS = (
     {
+        "adjoints",
         "budget",
         "calibrated",
         "codes",
@@ -39,6 +40,7 @@ LAYERS = (
         "scaled_calls",
         "scales",
         "scaling",
+        "signs",
         "sizes",
         "statistics",
         "tables",
@@ -46,6 +48,7 @@ LAYERS = (
         "target",
         "target_files",
         "toolchain",
+        "watched",
         "workload",
     },
     {
@@ -88,7 +91,6 @@ LAYERS = (
         "sweep",
         "tradeoff",
         "verify",
-        "watched",
     },
     {"kernels"},
     {"lowering"},

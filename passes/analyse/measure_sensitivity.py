@@ -6,7 +6,6 @@ from functools import partial
 from math import isfinite
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from precision_compiler.accumulation import Accumulator
@@ -20,6 +19,7 @@ from precision_compiler.noise import GradientSums, Noise, batch_noise, noise_of_
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.probe import Probe
 from precision_compiler.replay import gradients_of
+from precision_compiler.signs import Signs
 from precision_compiler.statistics import METRICS, Statistics, TensorGradient, averaged
 from precision_compiler.tape import Tape
 
@@ -54,8 +54,8 @@ class MeasureSensitivity:
        every matrix product give its error.
     8. The gradient's noise between mini-batches is estimated where the budget depends on it.
     9. In an inference graph the outputs take the place of the gradients; there is no loss.
-    10. Several batches are averaged. Where autograd would keep more bytes than the unit's memory,
-       parts of the graph are run twice instead.
+    10. Several batches are averaged. Parts of the graph whose intermediate values autograd cannot
+       keep within the unit's memory are run twice: all of them, if it says nothing.
 
     Attributes:
         seed: of the signs v and of random operations.
@@ -87,9 +87,7 @@ class MeasureSensitivity:
         for index, captured in enumerate((unit.captured, *unit.calibration)):
             same = captured.joint.module is unit.captured.joint.module
             links = unit.links if same else find_links(captured.joint)
-            joint = captured.joint
-            graph, parameters = joint.module.graph, joint.parameters
-            probe = Probe(graph, links, formats, accumulators, parameters)
+            probe = Probe(captured.joint, links, formats, accumulators)
             tape = Tape(captured, probe, memory, self.seed + index)
             noise = [tensor.noise for tensor in found[0].tensors] if found else None
             with freed_memory_kept():
@@ -132,40 +130,6 @@ class MeasureSensitivity:
             probe.finish_rest()
         tensors = _with_float32_noise(tape.captured, tensors, doubtful)
         return probe.statistics(norm, float(loss), tensors)
-
-
-class Signs(Sequence[torch.Tensor]):
-    """Random +-1 for every element of some tensors, times the weight of its tensor.
-
-    Kept as bits; torch's own generators take ten times as long as NumPy's.
-    """
-
-    def __init__(
-        self, tensors: Sequence[torch.Tensor], weights: Sequence[float], seed: int
-    ) -> None:
-        """Draw.
-
-        Args:
-            tensors: whose shapes, types and devices the signs get.
-            weights: a positive number, or 0, for each.
-            seed: of the signs.
-        """
-        dice = np.random.default_rng(seed)
-        self._like = [value.to("meta") for value in tensors]
-        self._devices = [value.device for value in tensors]
-        self._weights = list(weights)
-        self._bits = [
-            np.frombuffer(dice.bytes(-(-value.numel() // 8)), dtype=np.uint8) for value in tensors
-        ]
-
-    def __len__(self) -> int:
-        return len(self._bits)
-
-    def __getitem__(self, index: Any) -> Any:
-        like, weight = self._like[index], self._weights[index]
-        bits = torch.from_numpy(np.unpackbits(self._bits[index], count=like.numel()))
-        row = bits.to(self._devices[index], like.dtype).mul_(2 * weight).sub_(weight)
-        return row.reshape(like.shape)
 
 
 def _useless(norm: float, inference: bool) -> str:
@@ -243,14 +207,14 @@ def _norm(gradient: torch.Tensor) -> float:
 
 def _jittered(joint: JointGraph) -> list[Any]:
     """The inputs with every parameter moved to the next larger float32 number."""
-    holders = joint.module.graph.find_nodes(op="placeholder")
     upwards = torch.tensor(torch.inf)
-    return [
-        torch.nextafter(value.detach(), upwards.to(value.device))
-        if node.name in joint.parameters and value.dtype == torch.float32
-        else value
-        for node, value in zip(holders, joint.inputs, strict=False)
-    ]
+    return joint.inputs_with(
+        {
+            name: torch.nextafter(value.detach(), upwards.to(value.device))
+            for name, value in joint.parameter_values.items()
+            if value.dtype == torch.float32
+        }
+    )
 
 
 def _with_noise(found: Statistics, sums: GradientSums, captured: Captured) -> Statistics:

@@ -11,7 +11,7 @@ from precision_compiler.formats import CHOICES, Format
 from precision_compiler.observation import update_loss
 from precision_compiler.origin import constant_copies
 from precision_compiler.pipeline import Numerics, Unit
-from precision_compiler.scaling import hardware_format, is_stochastic, reason_against_recipe
+from precision_compiler.scaling import hardware_format, is_stochastic, suits
 from precision_compiler.sites import provenance_of
 from precision_compiler.statistics import Sensitivity, Statistics
 from precision_compiler.target import Target
@@ -90,11 +90,15 @@ class RaiseFlags:
 
     def _of_bias(self, unit: Unit) -> Iterator[Flag]:
         coarse = [name for name in unit.target.choices if self._is_biased(name)]
+        if not coarse:
+            return
         nodes = {node.name: node for node in unit.joint.module.graph.nodes}
         provenance = provenance_of(unit.joint.module.graph, unit.joint.parameters)
-        for site in unit.links.contractions.values() if coarse else ():
+        for site in unit.links.contractions.values():
             sources = [nodes[link.source] for link in unit.links.reads_of(site.name)]
-            for name in coarse if any(map(provenance.is_gradient, sources)) else ():
+            if not any(map(provenance.is_gradient, sources)):
+                continue
+            for name in coarse:
                 better = _unbiased(name, site.role, unit.target)
                 if better:
                     bits = CHOICES[name].precision
@@ -168,7 +172,7 @@ def _unbiased(name: str, role: str, target: Target) -> str:
         other
         for other in target.choices
         if hardware_format(other) == name and is_stochastic(other)
-        if not reason_against_recipe(other, role, 0)
+        if suits(other, role)
     )
     return next(recipes, "")
 
@@ -216,10 +220,7 @@ def _of_gradients(statistics: Statistics) -> Iterator[Flag]:
 def _of_updates(unit: Unit) -> Iterator[Flag]:
     if unit.learning_rate is None:
         return
-    holders = unit.joint.module.graph.find_nodes(op="placeholder")
-    known = zip(holders, unit.joint.inputs, strict=False)
-    weights = [value for node, value in known if node.name in unit.joint.parameters]
-    share = update_loss(weights, unit.learning_rate, _WEIGHTS)
+    share = update_loss(unit.joint.parameter_values.values(), unit.learning_rate, _WEIGHTS)
     if share > 0.0:
         sentence = (
             f"at learning rate {unit.learning_rate:g}, {share:.1%} of the weights would not move "

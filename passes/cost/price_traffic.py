@@ -22,7 +22,7 @@ from precision_compiler.graph import (
 from precision_compiler.origin import origin_of
 from precision_compiler.passes.cost.find_kernels import is_fused
 from precision_compiler.pipeline import Numerics, Unit
-from precision_compiler.scaling import reason_against_recipe
+from precision_compiler.scaling import suits
 from precision_compiler.target import Target
 
 
@@ -40,8 +40,8 @@ class PriceTraffic:
        their reads and writes. The first of them joins the kernel that makes the tensor, if there
        is one. Where the hardware multiplies only operands that are contiguous along the sum, and
        where rows or blocks have scales, the copy is written along both axes if its readers sum
-       over both. It is read in 16 bits where the tensor is stored (plans with
-       8-bit operands store 16), in float32 where it is a parameter or input.
+       over both. It is read in 16 bits where the tensor is stored (plans with 8-bit operands store
+       16), in float32 where it is a parameter or input.
     4. In a graph from an ONNX file no cast fuses. Its weights are cast in the file: that is free.
     5. Formats change nothing about launches, tensors that are no site, and arithmetic, which is
        float32: together they are the fixed time. On this machine arithmetic is timed, operation
@@ -84,13 +84,12 @@ class PriceTraffic:
                     nodes[source],
                     fmt,
                     unit.target,
-                    _ways(read, fmt) if fmt in rigid else 1,
+                    _ways(layouts[source], fmt) if fmt in rigid else 1,
                     stored=source in stores,
                 )
                 for fmt in unit.target.choices
             }
             for source in sorted(sources)
-            for read in [layouts.get(source, set())]
         }
         others = (set(read) | set(written)) - set(stores)
         unit.fixed_seconds = sum(
@@ -144,7 +143,7 @@ def cast_seconds(
     """
     elements = prod(shape_of(node))
     joins = is_fused(node) and origin_of(node) is None
-    if CHOICES[fmt].scaled and fmt in target.choices:
+    if CHOICES[fmt].scaled:
         by_axis = "block" if CHOICES[fmt].block else "row"
         scaling = by_axis if CHOICES[fmt].by_axis else "tensor"
         width = CHOICES["bf16" if stored else "fp32"].bytes
@@ -159,7 +158,7 @@ def cast_seconds(
 
 def _ways(readings: Collection[tuple[str, bool]], fmt: str) -> int:
     """Copies that readings (role, whether along rows) ask of a format, one at the least."""
-    found = {along for role, along in readings if not reason_against_recipe(fmt, role, 0)}
+    found = {along for role, along in readings if suits(fmt, role)}
     return max(1, len(found))
 
 

@@ -11,14 +11,11 @@ from precision_compiler.emulation import EMULATED_ATTENTION, QUANTISE
 from precision_compiler.facts import NodeFacts, facts_of, set_facts, update_facts
 from precision_compiler.formats import CHOICES
 from precision_compiler.graph import CONVERT, Mover, contraction_rule, insert_call, root_of
+from precision_compiler.joint import JointGraph
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.problem import fixes_result
-from precision_compiler.sites import (
-    Provenance,
-    named_nodes,
-    provenance_of,
-    rounded_arguments,
-)
+from precision_compiler.scaling import RECIPES, Content
+from precision_compiler.sites import contents_of, named_nodes, rounded_arguments
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,7 @@ class EmulateFormats:
             for name, fmt in unit.assignment.items()
             if fmt != "fp32" and (self.everything or not fixes_result(fmt))
         }
-        graph = unit.joint.module.graph
-        provenance = provenance_of(graph, unit.joint.parameters)
-        found = _Emulator(graph, emulated, provenance).emulate()
+        found = _Emulator(unit.joint, emulated).emulate() if emulated else set()
         if found:
             names = ", ".join(sorted(found, key=list(CHOICES).index))
             unit.journal.note(self.name, f"emulated here, at float32 speed: {names}")
@@ -64,18 +59,21 @@ class EmulateFormats:
 class _Emulator:
     """One emulation of one graph."""
 
-    def __init__(self, graph: fx.Graph, formats: Mapping[str, str], provenance: Provenance) -> None:
-        self.graph, self.formats, self.mover = graph, formats, Mover(graph)
-        self.provenance = provenance
+    def __init__(self, joint: JointGraph, formats: Mapping[str, str]) -> None:
+        self.joint, self.graph, self.formats = joint, joint.module.graph, formats
+        self.mover = Mover(self.graph)
         self.rounded: dict[tuple[fx.Node, str], fx.Node] = {}
         self.blocks: dict[tuple[fx.Node, str, int], fx.Node] = {}
         self.format_of: dict[fx.Node, str] = {}
+        self.contents: dict[tuple[fx.Node, int], Content] = {}
 
     def emulate(self) -> set[str]:
         """Rewrite the graph; return the formats that it now emulates."""
         nodes = named_nodes(self.graph)
         if any(facts.reason == _REASON for facts in map(facts_of, nodes.values()) if facts):
             return set()  # emulated already
+        recipes = [node for name, node in nodes.items() if self.formats.get(name) in RECIPES]
+        self.contents = contents_of(self.graph, self.joint.parameters, recipes)
         for name, node in nodes.items():
             fmt = self.formats.get(f"{name}.store")
             if fmt is not None:
@@ -101,7 +99,8 @@ class _Emulator:
                 continue
             if CHOICES[fmt].by_axis:
                 axis = -1 if index == rule.operands[0] else -2
-                node.update_arg(index, self._blocks(argument, fmt, axis))
+                content = self.contents.get((node, index), "activation")
+                node.update_arg(index, self._blocks(argument, fmt, axis, content))
                 continue
             root = root_of(argument)
             if self.format_of.get(root) == fmt:
@@ -114,11 +113,11 @@ class _Emulator:
             node.target = EMULATED_ATTENTION[node.target]
             node.args, node.kwargs = (*given, *options, fmt), {}
 
-    def _blocks(self, argument: fx.Node, fmt: str, axis: int) -> fx.Node:
+    def _blocks(self, argument: fx.Node, fmt: str, axis: int, content: Content) -> fx.Node:
         """A copy of an argument with scales along the axis that is summed over, made once."""
         key = argument, fmt, axis
         if key not in self.blocks:
-            how = (fmt, axis, None, self.provenance.content(root_of(argument)))
+            how = (fmt, axis, None, content)
             self.blocks[key] = self._call(QUANTISE, argument, how, argument, f"to_{fmt}")
             self.format_of[self.blocks[key]] = fmt
         return self.blocks[key]

@@ -1,7 +1,7 @@
 """See LowerContractions."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,8 +32,8 @@ from precision_compiler.lowering.products import (
 from precision_compiler.lowering.support import reason_against_product
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.problem import fixes_result
-from precision_compiler.scaling import Content, hardware_format
-from precision_compiler.sites import Provenance, named_nodes, operand_nodes, provenance_of
+from precision_compiler.scaling import RECIPES, Content, hardware_format
+from precision_compiler.sites import contents_of, named_nodes, operand_nodes
 from precision_compiler.tf32 import TF32_MATMUL
 
 
@@ -52,7 +52,7 @@ class LowerContractions:
        128 x 128, it is ``aten._scaled_mm``.
     4. mxfp8, mxfp4 and nvfp4 are ``aten._scaled_mm`` with block scales in cuBLAS's order; on AMD,
        which has another, the kernel ``block_gemm``.
-    5. Operands are calls of ``lowering.packing``, which later passes replace: one scale per
+    5. Operands are calls of ``packing``, which later passes replace: one scale per
        (tensor, format), one copy of the elements per operand with the summed axis last, shared by
        all products that read it so. NVFP4's recipes round and rotate them as ``scaling.py`` says.
     6. Sums and the right operand's rows are filled up with zeros to what the kernel asks for, and
@@ -70,10 +70,12 @@ class LowerContractions:
     def run(self, unit: Unit) -> bool:
         """Replace the products; note in the journal what was left, and why."""
         graph = unit.joint.module.graph
-        provenance = provenance_of(graph, unit.joint.parameters)
-        lowering = _Lowering(graph, provenance, amd=unit.architecture.startswith("gfx"))
+        named = named_nodes(graph)
+        recipes = [node for name, node in named.items() if unit.assignment.get(name) in RECIPES]
+        contents = contents_of(graph, unit.joint.parameters, recipes)
+        lowering = _Lowering(graph, contents, amd=unit.architecture.startswith("gfx"))
         changed = False
-        for name, node in named_nodes(graph).items():
+        for name, node in named.items():
             fmt = unit.assignment.get(name, "fp32")
             if fixes_result(fmt) or contraction_rule(node) is None or not _is_on_gpu(node):
                 continue
@@ -89,8 +91,10 @@ class LowerContractions:
 class _Lowering:
     """One lowering of one graph."""
 
-    def __init__(self, graph: fx.Graph, provenance: Provenance, amd: bool) -> None:
-        self.graph, self.provenance, self.amd = graph, provenance, amd
+    def __init__(
+        self, graph: fx.Graph, contents: Mapping[tuple[fx.Node, int], Content], amd: bool
+    ) -> None:
+        self.graph, self.contents, self.amd = graph, contents, amd
         self.made: dict[tuple[object, ...], list[fx.Node]] = {}
 
     def lower(self, node: fx.Node, name: str, fmt: str) -> None:
@@ -124,10 +128,10 @@ class _Lowering:
         return self._call(SCALED_GEMM, (*elements, *rows, None, "none", dtype, False), node)
 
     def _scaled_product(self, node: fx.Node, fmt: str, dtype: torch.dtype) -> fx.Node:
-        operands = zip(operand_nodes(node), (False, True), strict=True)
+        operands = zip(operand_nodes(node), (False, True), self._contents(node), strict=True)
         parts = [
-            self._once(packing.scaled_operand, operand, (), (fmt, is_right, self._content(operand)))
-            for operand, is_right in operands
+            self._once(packing.scaled_operand, operand, (), (fmt, is_right, content))
+            for operand, is_right, content in operands
         ]
         (left, left_scales, _), (right, right_scales, _) = parts
         if fmt == "e4m3_row" and dtype != torch.bfloat16:
@@ -139,22 +143,20 @@ class _Lowering:
         turned = self._call(aten.permute.default, (right_scales, [1, 0]), node)
         return self._scaled_mm([left, right], [left_scales, turned], dtype, node)
 
-    def _content(self, operand: fx.Node) -> Content:
-        return self.provenance.content(root_of(operand))
+    def _contents(self, node: fx.Node) -> list[Content]:
+        """What the two operands of a product are."""
+        rule = contraction_rule(node)
+        places = rule.operands if rule is not None else ()
+        return [self.contents.get((node, place), "activation") for place in places]
 
     def _block_product(
         self, node: fx.Node, fmt: str, dtype: torch.dtype
     ) -> tuple[fx.Node, list[fx.Node]]:
         """The product, and what its result is still to be multiplied by."""
-        operands = zip(operand_nodes(node), (False, True), strict=True)
+        operands = zip(operand_nodes(node), (False, True), self._contents(node), strict=True)
         parts = [
-            self._once(
-                packing.block_operand,
-                operand,
-                (),
-                (fmt, is_right, not self.amd, self._content(operand)),
-            )
-            for operand, is_right in operands
+            self._once(packing.block_operand, operand, (), (fmt, right, not self.amd, content))
+            for operand, right, content in operands
         ]
         (left, left_scales, left_whole), (right, right_scales, right_whole) = parts
         if not self.amd:

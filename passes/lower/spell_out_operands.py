@@ -25,7 +25,7 @@ _FUNCTIONS = (
 class SpellOutOperands:
     """Write operands of scaled products in plain ATen operations.
 
-    1. Every call of ``lowering.packing`` becomes the operations that it is made of: largest
+    1. Every call of ``packing`` becomes the operations that it is made of: largest
        magnitudes, scales, rounding, casts. Inductor fuses them into what makes the tensor.
     """
 

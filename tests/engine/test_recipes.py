@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import precision_compiler
+from precision_compiler import packing
 from precision_compiler.budget import Budget
 from precision_compiler.compiler import Decision, decide
 from precision_compiler.emulation import QUANTISE
@@ -15,8 +16,11 @@ from precision_compiler.errors import ExportError, TargetError
 from precision_compiler.export.operand_rounding import prepare_rounding
 from precision_compiler.formats import CHOICES, FORMATS, choice_named, quantised
 from precision_compiler.graph import root_of
+from precision_compiler.lowering.relocate import on_gpu
 from precision_compiler.observation import sampled, sampled_places
 from precision_compiler.passes.lower.emulate_formats import EmulateFormats
+from precision_compiler.passes.lower.lower_contractions import LowerContractions
+from precision_compiler.passes.rewrite.insert_casts import InsertCasts
 from precision_compiler.pipeline import Pipeline
 from precision_compiler.scaled import operand_errors
 from precision_compiler.scaling import (
@@ -158,6 +162,32 @@ def test_emulation_knows_weights_from_gradients() -> None:
         assert content == provenance.content(root_of(source))
         seen.add((name, content))
     assert {("nvfp4_2d", "weight"), ("nvfp4_2d", "activation"), ("nvfp4_2d", "gradient")} <= seen
+
+
+CHAIN = (
+    "x:f32[64,64] w:f32[64,64] u:f32[64,64] tangents_1:f32[64,64] | a = mm x w | b = mm a u"
+    " | g@backward = mm tangents_1 u | h@backward = mm g w | return b h"
+)
+STORED = {"g": "nvfp4_sr", "g.store": "bf16", "h": "nvfp4_sr"}
+"""A gradient that a product makes, a copy rounds, and another product reads."""
+
+
+def test_a_rounded_copy_of_a_gradient_is_a_gradient() -> None:
+    unit = unit_of(graph(CHAIN), STORED, parameters=("w", "u"))
+    emulate = EmulateFormats(everything=True)
+    Pipeline((emulate,), given=frozenset({"assignment"})).run(unit)
+    calls = unit.joint.module.graph.find_nodes(op="call_function", target=QUANTISE)
+    contents = [node.args[4] for node in calls if node.args[1] == "nvfp4_sr"]
+    assert sorted(contents) == ["gradient", "gradient", "weight", "weight"]
+
+
+def test_what_a_lowered_product_makes_is_a_gradient() -> None:
+    unit = unit_of(graph(CHAIN), STORED, parameters=("w", "u"))
+    unit.joint, unit.architecture = on_gpu(unit.joint), "sm_100"
+    passes = (InsertCasts(), LowerContractions())
+    Pipeline(passes, given=frozenset({"assignment"})).run(unit)
+    calls = unit.joint.module.graph.find_nodes(op="call_function", target=packing.block_operand)
+    assert sorted(node.args[4] for node in calls) == ["gradient", "gradient", "weight", "weight"]
 
 
 def test_a_recipe_by_hand_is_an_override() -> None:

@@ -7,6 +7,7 @@ import torch
 
 import precision_compiler
 from precision_compiler.capture import capture
+from precision_compiler.demo.model import GPT
 from precision_compiler.errors import AnalysisError
 from precision_compiler.rehearsal import rehearse
 from precision_compiler.replay import gradients_of
@@ -56,6 +57,14 @@ def test_a_rehearsal_that_diverges_says_what_to_do() -> None:
     case = made("gpt")
     with pytest.raises(AnalysisError, match=r"step \d+ of the rehearsal: give the learning rate"):
         rehearse([capture(case.model, case.batch)], [], 20, 1e30)
+
+
+def test_a_model_without_weights_has_nothing_to_rehearse() -> None:
+    with torch.device("meta"):
+        model = GPT(layers=1, width=32, heads=2, length=8)
+        tokens = torch.zeros(2, 8, dtype=torch.long)
+    with pytest.raises(AnalysisError, match="meta device has no weights"):
+        precision_compiler.make_plan(model, (tokens, tokens), target="h100", rehearsal=2)
 
 
 def test_a_plan_is_for_the_rehearsed_weights() -> None:

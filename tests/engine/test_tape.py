@@ -12,8 +12,8 @@ from torch import Tensor, fx
 
 from precision_compiler.attention import substitutes
 from precision_compiler.capture import Captured
-from precision_compiler.chunks import CHUNKS, Chunk, saved_bytes
-from precision_compiler.graph import CONVERT
+from precision_compiler.chunks import CHUNKS, Chunk, phases, saved_bytes
+from precision_compiler.graph import CONVERT, contraction_rule
 from precision_compiler.replay import Replay, execute, gradients_of, relative_error
 from precision_compiler.tape import Tape, Values
 from tests.helpers import graph, joint_of
@@ -195,9 +195,23 @@ def test_without_memory_all_that_is_differentiated_runs_twice(name: str) -> None
     for _, node in tiny.runner.derivatives:
         if saved_bytes(node):
             assert len(tiny.runner.results[node]) == 2
-    for values in tiny.runner.results.values():
+    for node, values in tiny.runner.results.items():
         if len(values) == 2 and is_float(values[0]):
             assert torch.equal(*values)
+            if contraction_rule(node) is not None:  # not computed a second time
+                assert values[0].data_ptr() == values[1].data_ptr()
+
+
+def test_what_only_the_backward_pass_reads_is_computed_right_before_it() -> None:
+    module = graph(
+        "x:f32[32,32] tangents_1:f32[32,32] | m = relu x | a = mul x x | b = neg m"
+        " | g@backward = mul tangents_1 a | h@backward = mul g b | return a h"
+    )
+    nodes = {node.name: node for node in module.graph.nodes}
+    steps = [node for node in module.graph.nodes if node.op == "call_function"]
+    forward, backward = phases(steps, [nodes["a"]], [nodes["tangents_1"]])
+    assert [node.name for node in forward] == ["a"]
+    assert [node.name for node in backward] == ["g", "m", "b", "h"]
 
 
 def test_dropout_draws_the_same_masks_in_both_runs_of_a_chunk() -> None:

@@ -1,0 +1,79 @@
+"""Derivatives on their way from chunk to chunk."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass
+class Adjoints:
+    """Derivatives of one objective that wait for the chunk that made their tensors.
+
+    Attributes:
+        probe: what each gradient is multiplied with.
+        seeds: of gradients, their positions.
+        found: what later chunks gave.
+    """
+
+    probe: Sequence[torch.Tensor]
+    seeds: dict[fx.Node, list[int]] = field(default_factory=dict)
+    found: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
+
+    def __contains__(self, node: fx.Node) -> bool:
+        return node in self.seeds or node in self.found
+
+    def add(self, node: fx.Node, value: torch.Tensor) -> None:
+        """One more reader's derivative."""
+        self.found[node] = self.found[node] + value if node in self.found else value
+
+    def take(self, node: fx.Node) -> torch.Tensor:
+        """The sum of all that arrived at a node."""
+        for index in self.seeds.pop(node, ()):
+            self.add(node, self.probe[index])
+        return self.found.pop(node)
+
+
+class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets autograd record an operation whose result is known, without running it."""
+
+    def __init__(self, target: Any, value: torch.Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._target, self._value = target, value
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """What torch asks for every operation, below autograd."""
+        if func is self._target:
+            return self._value.detach()
+        return func(*args, **(kwargs or {}))
+
+
+def derivatives(
+    outputs: Sequence[tuple[Any, torch.Tensor]], inputs: Sequence[torch.Tensor], retain: bool = True
+) -> Sequence[torch.Tensor | None]:
+    """Derivatives by every input; None where there is none.
+
+    Args:
+        outputs: what is differentiated, and what each is multiplied with.
+        inputs: by what.
+        retain: whether the same outputs are differentiated again.
+    """
+    live = [(value, seed) for value, seed in outputs if is_float(value) and value.requires_grad]
+    if not live or not inputs:
+        return [None] * len(inputs)
+    values, seeds = zip(*live, strict=True)
+    return torch.autograd.grad(values, inputs, seeds, retain_graph=retain, allow_unused=True)
+
+
+def is_float(value: Any) -> bool:
+    """Whether a value is a tensor that can have a derivative."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
