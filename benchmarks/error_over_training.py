@@ -83,7 +83,9 @@ def write(output: Path, rows: list[dict[str, Any]]) -> None:
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """The errors as a table."""
     steps = list(rows[0]["errors"])
-    table = Table("plan", "predicted", *(f"step {step}" for step in steps))
+    table = Table("plan", "predicted")
+    for step in steps:
+        table.add_column(f"step {step}", justify="right", min_width=5)
     for row in rows:
         errors = (f"{row['errors'][step]:.3f}" for step in steps)
         table.add_row(row["plan"], f"{row['predicted']:.3f}", *errors)

@@ -16,8 +16,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from precision_compiler.budget import Budget
 from precision_compiler.calling import Loss, apart, unbroken_by_logging
 from precision_compiler.capture import capture, captured_alone
-from precision_compiler.compiler import Decision, as_target, check_plan, decide, plan_for, rewrite
+from precision_compiler.compiler import Decision, as_target, decide, plan_for, rewrite
 from precision_compiler.errors import PlanError, PrecisionError
+from precision_compiler.fitting import check_plan
 from precision_compiler.joint import JointGraph, input_names, trace_joint
 from precision_compiler.outcomes import Trial
 from precision_compiler.passes import EMULATE, REWRITE

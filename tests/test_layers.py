@@ -70,6 +70,7 @@ LAYERS = (
         "overrides",
         "paper",
         "explain",
+        "fitting",
         "frontier",
         "parts",
         "plan",
@@ -162,6 +163,7 @@ def test_reports_read_plans_and_targets_and_run_nothing() -> None:
     readable = {
         "errors",
         "explain",
+        "fitting",
         "files",
         "flags",
         "formats",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from precision_compiler.capture import capture_inference
-from precision_compiler.compiler import check_forward, rewrite
+from precision_compiler.compiler import rewrite
 from precision_compiler.export.annotations import annotations_of
 from precision_compiler.export.dynamic_sizes import (
     Dynamic,
@@ -21,6 +21,7 @@ from precision_compiler.export.dynamic_sizes import (
 from precision_compiler.export.onnx_writer import GraphInput, OnnxReport, write_onnx
 from precision_compiler.export.operand_rounding import prepare_rounding
 from precision_compiler.export.plan_metadata import plan_entries, read_plan
+from precision_compiler.fitting import check_forward
 from precision_compiler.joint import JointGraph
 from precision_compiler.plan import Plan
 

@@ -25,7 +25,7 @@ class Place:
     """Where a site lies.
 
     Attributes:
-        layer: path up to the first number; empty outside of numbered layers.
+        layer: path up to the layer's number; empty outside of numbered layers.
         module: the rest of the path, without roles.
         column: one of COLUMNS.
     """
@@ -69,24 +69,48 @@ class SiteGroup:
     vetoes: int
 
 
-def place_of(name: str, choice: SiteChoice) -> Place:
-    """The place of a site, by its name and its role."""
-    parts = name.split(".")
-    roles = _take_roles(parts)
-    way = next((role for role in (choice.role, *roles) if role in DIRECTIONS), None)
-    if way is None:
-        way = "dgrad" if "grad" in roles else "fprop"
-    number = next((place for place, part in enumerate(parts) if part.isdecimal()), -1)
-    layer, module = ".".join(parts[: number + 1]), ".".join(parts[number + 1 :])
-    return Place(layer, module, way if choice.kind == "contraction" else f"{way} kept")
+def places_of(sites: Mapping[str, SiteChoice]) -> dict[str, Place]:
+    """The places of sites, by their names and roles."""
+    paths, roles = {}, {}
+    for name in sites:
+        parts = name.split(".")
+        roles[name] = _take_roles(parts)
+        paths[name] = tuple(parts)
+    numbers = layer_numbers(paths.values())
+    found = {}
+    for name, choice in sites.items():
+        path, place = paths[name], numbers[paths[name]]
+        way = next((role for role in (choice.role, *roles[name]) if role in DIRECTIONS), None)
+        if way is None:
+            way = "dgrad" if "grad" in roles[name] else "fprop"
+        cut = 0 if place is None else place + 1
+        column = way if choice.kind == "contraction" else f"{way} kept"
+        found[name] = Place(".".join(path[:cut]), ".".join(path[cut:]), column)
+    return found
+
+
+def layer_numbers(paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], int | None]:
+    """Which part of each module's path is the number of its layer; None where there is none.
+
+    Of several numbers it is the first that is not the same everywhere: not the 0 of
+    `model.0.encoder.layer.3.attention`, where nothing is called `model.1`.
+    """
+    alike: dict[tuple[str, ...], list[tuple[str, ...]]] = defaultdict(list)
+    for path in dict.fromkeys(paths):
+        alike[tuple("*" if part.isdecimal() else part for part in path)].append(path)
+    found: dict[tuple[str, ...], int | None] = {}
+    for pattern, members in alike.items():
+        places = [place for place, part in enumerate(pattern) if part == "*"]
+        several = (place for place in places if len({path[place] for path in members}) > 1)
+        found.update(dict.fromkeys(members, next(several, places[0] if places else None)))
+    return found
 
 
 def sections_of(sites: Mapping[str, SiteChoice]) -> list[Section]:
     """The rows of the grid: layers in graph order, with what lies before and after them."""
     sections: list[Section] = []
     by_layer: dict[str, Section] = {}
-    for position, (name, choice) in enumerate(sites.items()):
-        place = place_of(name, choice)
+    for position, place in enumerate(places_of(sites).values()):
         section = by_layer.get(place.layer)
         if section is None or _starts_anew(place, section, sections):
             section = by_layer[place.layer] = Section(place.layer or OUTSIDE)
@@ -99,8 +123,10 @@ def sections_of(sites: Mapping[str, SiteChoice]) -> list[Section]:
 def groups_of(sites: Mapping[str, SiteChoice], by: By) -> list[SiteGroup]:
     """Sites put together by layer, operation or role, in graph order."""
     members: dict[str, list[SiteChoice]] = defaultdict(list)
+    places = places_of(sites)
     for name, choice in sites.items():
-        members[_key(name, choice, by)].append(choice)
+        keys = {"layer": places[name].layer or OUTSIDE, "op": choice.op, "role": choice.role}
+        members[keys[by]].append(choice)
     return [_group(key, choices) for key, choices in members.items()]
 
 
@@ -120,12 +146,6 @@ def _take_roles(parts: list[str]) -> list[str]:
 def _starts_anew(place: Place, section: Section, sections: list[Section]) -> bool:
     """Whether a module outside of layers comes after layers that its section came before."""
     return not place.layer and place.module not in section.rows and sections[-1] is not section
-
-
-def _key(name: str, choice: SiteChoice, by: By) -> str:
-    if by == "layer":
-        return place_of(name, choice).layer or OUTSIDE
-    return choice.op if by == "op" else choice.role
 
 
 def _group(name: str, choices: Iterable[SiteChoice]) -> SiteGroup:

@@ -12,6 +12,7 @@ from rich.text import Text
 from precision_compiler.flags import Flag
 from precision_compiler.outcomes import Totals, Verification
 from precision_compiler.plan import Plan, SiteChoice
+from precision_compiler.report.places import layer_numbers
 from precision_compiler.sizes import readable_bytes
 
 ROLES = ("fprop", "dgrad", "wgrad")
@@ -220,27 +221,14 @@ def format_text(name: str | None) -> Text:
 
 
 def _layers(modules: Iterable[str]) -> dict[str, tuple[str, int | None]]:
-    """Each module with `*` for the number of its layer, and that number; None where it has none.
-
-    Of several numbers it is the first that is not the same everywhere: not the 0 of
-    `model.0.encoder.layer.3.attention`, where nothing is called `model.1`.
-    """
-    alike: dict[str, list[list[str]]] = defaultdict(list)
-    for module in modules:
-        parts = module.split(".")
-        alike[".".join("*" if part.isdigit() else part for part in parts)].append(parts)
-    found: dict[str, tuple[str, int | None]] = {}
-    for pattern, members in alike.items():
-        places = [place for place, part in enumerate(pattern.split(".")) if part == "*"]
-        several = (place for place in places if len({parts[place] for parts in members}) > 1)
-        layer = next(several, places[0] if places else None)
-        for parts in members:
-            if layer is None:
-                found[".".join(parts)] = pattern, None
-            else:
-                starred = ".".join((*parts[:layer], "*", *parts[layer + 1 :]))
-                found[".".join(parts)] = starred, int(parts[layer])
-    return found
+    """Each module with `*` for the number of its layer, and that number; None where it has none."""
+    numbers = layer_numbers(tuple(module.split(".")) for module in modules)
+    return {
+        ".".join(path): (".".join(path), None)
+        if place is None
+        else (".".join((*path[:place], "*", *path[place + 1 :])), int(path[place]))
+        for path, place in numbers.items()
+    }
 
 
 def _time_line(plan: Plan) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from precision_compiler.plan import SiteChoice
-from precision_compiler.report.places import OUTSIDE, Place, groups_of, place_of, sections_of
+from precision_compiler.report.places import OUTSIDE, Place, groups_of, places_of, sections_of
 from tests.made_plans import site
 from tests.models import planned
 
@@ -33,7 +33,18 @@ def made(name: str) -> SiteChoice:
     ],
 )  # fmt: skip
 def test_place_of(name: str, place: Place) -> None:
-    assert place_of(name, made(name)) == place
+    assert places_of({name: made(name)}) == {name: place}
+
+
+def test_the_number_of_a_layer_is_one_that_differs() -> None:
+    """As in names of ONNX files: nothing is called `model.1`."""
+    names = [f"model.0.encoder.layer.{layer}.fc.fprop" for layer in (0, 3)]
+    places = places_of({name: made(name) for name in names})
+    assert [place.layer for place in places.values()] == [
+        "model.0.encoder.layer.0",
+        "model.0.encoder.layer.3",
+    ]
+    assert {place.module for place in places.values()} == {"fc"}
 
 
 def test_sections_are_layers_in_order_with_what_is_around_them() -> None:
