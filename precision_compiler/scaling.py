@@ -163,7 +163,8 @@ _ROWS = (
     ScaledFormat("mxfp6e3m2", FORMATS["e3m2"], MX),
     ScaledFormat("mxfp4", FORMATS["e2m1"], MX),
     ScaledFormat("nvfp4", FORMATS["e2m1"], NVFP4),
-    # torchao's and FBGEMM's rowwise fp8; DeepSeek-V3's blocks; NVIDIA's NVFP4 pretraining
+    # torchao's and FBGEMM's rowwise fp8; DeepSeek-V3's blocks; NVIDIA's NVFP4 pretraining; Tseng
+    # et al., Training LLMs with MXFP4 (2025)
     ScaledFormat("e4m3_row", FORMATS["e4m3"], ROW_FP32, base="e4m3"),
     ScaledFormat("e4m3_1x128", FORMATS["e4m3"], BLOCK_1X128_FP32, BLOCK_128X128_FP32, "e4m3"),
     ScaledFormat(
@@ -181,6 +182,10 @@ _ROWS = (
     ScaledFormat(
         "nvfp4_rht", FORMATS["e2m1"], NVFP4, None, "nvfp4", "stochastic", True, ("wgrad",)
     ),
+    ScaledFormat(
+        "mxfp4_sr", FORMATS["e2m1"], MX, None, "mxfp4", "stochastic", roles=("dgrad", "wgrad")
+    ),
+    ScaledFormat("mxfp4_rht", FORMATS["e2m1"], MX, None, "mxfp4", "stochastic", True, ("wgrad",)),
 )
 
 SCALED_FORMATS: Mapping[str, ScaledFormat] = MappingProxyType({row.name: row for row in _ROWS})

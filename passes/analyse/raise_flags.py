@@ -11,7 +11,7 @@ from precision_compiler.formats import CHOICES, Format
 from precision_compiler.observation import update_loss
 from precision_compiler.origin import constant_copies
 from precision_compiler.pipeline import Numerics, Unit
-from precision_compiler.scaling import hardware_format, is_stochastic, suits
+from precision_compiler.scaling import is_stochastic, suits
 from precision_compiler.sites import provenance_of
 from precision_compiler.statistics import Sensitivity, Statistics
 from precision_compiler.target import Target
@@ -45,8 +45,8 @@ class RaiseFlags:
     10. Accumulation: the target adds products up in a narrow format; a veto where the terms of one
        sign are more than that format has steps, so that sums would stop growing.
     11. Bias (veto): a gradient operand rounded to nearest in so few bits (``unbiased_bits``
-       significant ones or less) errs alike from step to step, where the target has a recipe that
-       rounds it stochastically.
+       significant ones or less) errs alike from step to step, where the target has a recipe of no
+       more bits that rounds it stochastically.
     12. Constants of an ONNX file are the same on every batch: no margin for them, and what their
        rounding costs is known, below the normal range as well: rule 2 leaves them out.
     13. Update swamping: for a given learning rate, the share of bf16 weights that an update of
@@ -167,12 +167,12 @@ class RaiseFlags:
 
 
 def _unbiased(name: str, role: str, target: Target) -> str:
-    """A recipe for a format that rounds gradients stochastically; "" where there is none."""
+    """A recipe of no more bits that rounds gradients stochastically; "" where there is none."""
     recipes = (
         other
         for other in target.choices
-        if hardware_format(other) == name and is_stochastic(other)
-        if suits(other, role)
+        if is_stochastic(other) and suits(other, role)
+        if CHOICES[other].bits <= CHOICES[name].bits
     )
     return next(recipes, "")
 

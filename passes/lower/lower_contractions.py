@@ -169,7 +169,8 @@ class _Lowering:
             for part in (left_scales, right_scales, left, right)
         )
         one = self._call(aten.view.default, (left_whole, [1]), node)
-        return self._call(BLOCK_GEMM, (left, right, *codes, one, fmt, dtype), node), []
+        kernel = (left, right, *codes, one, hardware_format(fmt), dtype)
+        return self._call(BLOCK_GEMM, kernel, node), []
 
     def _bytes(self, tensor: fx.Node, node: fx.Node) -> fx.Node:
         return self._call(aten.view.dtype, (tensor, torch.uint8), node)

@@ -39,6 +39,7 @@ from tests.random_graphs import inputs_of
 
 DRAWS = 400
 HOPPER, BLACKWELL = ("e4m3_row", "e4m3_1x128"), ("nvfp4_2d", "nvfp4_sr", "nvfp4_rht")
+CDNA4 = ("mxfp4_sr", "mxfp4_rht")
 
 
 @cache
@@ -49,7 +50,7 @@ def decided(machine: str, recipes: tuple[str, ...], limit: float = 0.2) -> Decis
 
 
 def test_every_recipe_has_a_format_with_instructions_under_it() -> None:
-    assert set(RECIPES) == {*HOPPER, *BLACKWELL}
+    assert set(RECIPES) == {*HOPPER, *BLACKWELL, *CDNA4}
     for name in RECIPES:
         base = hardware_format(name)
         assert base != name
@@ -134,7 +135,9 @@ def test_products_that_a_recipe_is_for(name: str, role: str, length: int, reason
     assert reason in found if reason else not found
 
 
-@pytest.mark.parametrize(("machine", "recipes"), [("h100", HOPPER), ("b200", BLACKWELL)])
+@pytest.mark.parametrize(
+    ("machine", "recipes"), [("h100", HOPPER), ("b200", BLACKWELL), ("mi355x", CDNA4)]
+)
 def test_plans_choose_among_recipes_where_they_are_meant(
     machine: str, recipes: tuple[str, ...]
 ) -> None:
@@ -145,6 +148,20 @@ def test_plans_choose_among_recipes_where_they_are_meant(
         offered = {sites[site].role for site in sites if name in unit.problem.options[site]}
         assert offered <= set(wanted)
     assert any(set(options) & set(recipes) for options in unit.problem.options.values())
+
+
+def test_no_format_of_four_bits_rounds_gradients_to_nearest_beside_a_recipe() -> None:
+    """Not in NVFP4, which the recipe is for, and not in MXFP4 instead."""
+    for recipes, vetoed in ((("nvfp4_sr",), True), ((), False)):
+        unit = decided("b200", recipes).unit
+        sites = unit.problem.links.contractions
+        for name in ("nvfp4", "mxfp4"):
+            biased = {
+                sites[site].role
+                for (site, fmt), reason in unit.vetoes.items()
+                if fmt == name and reason.startswith("bias")
+            }
+            assert biased == ({"dgrad", "wgrad"} if vetoed else set())
 
 
 def test_emulation_knows_weights_from_gradients() -> None:
@@ -210,7 +227,7 @@ def test_the_operation_is_what_torch_takes_it_for(name: str) -> None:
         torch.library.opcheck(QUANTISE, (given, name, axis, None, "weight"))
 
 
-@pytest.mark.parametrize("name", [name for name in SCALED_FORMATS if name != "nvfp4_rht"])
+@pytest.mark.parametrize("name", [name for name in SCALED_FORMATS if not name.endswith("_rht")])
 @pytest.mark.parametrize("content", ["weight", "activation"])
 def test_errors_of_a_sample_are_those_of_the_whole(name: str, content: Content) -> None:
     x = torch.randn(3, 40, 320) * torch.logspace(-2, 2, 320)

@@ -385,6 +385,7 @@ def test_block_formats_count_the_bits_of_their_scales() -> None:
         "e4m3_row": 8.0,
         "e4m3_1x128": 8.25,
         **dict.fromkeys(("nvfp4_2d", "nvfp4_sr", "nvfp4_rht"), 4.5),
+        **dict.fromkeys(("mxfp4_sr", "mxfp4_rht"), 4.25),
     }
     assert NVFP4_2D.bits == 8 / 256
     assert SCALED_FORMATS["nvfp4"].bytes == 4.5 / 8

@@ -20,7 +20,7 @@ from precision_compiler.passes.rewrite.insert_casts import InsertCasts
 from precision_compiler.pipeline import Pipeline, Unit
 from precision_compiler.replay import gradients_of, relative_error
 from precision_compiler.scaled import rounded
-from precision_compiler.scaling import BLOCK_1X128_FP32, BLOCK_128X128_FP32
+from precision_compiler.scaling import BLOCK_1X128_FP32, BLOCK_128X128_FP32, hardware_format
 from precision_compiler.sites import operand_nodes
 from precision_compiler.tf32 import TF32_MATMUL
 from tests import lowered_run
@@ -30,13 +30,13 @@ from tests.random_graphs import inputs_of
 
 HEAD = "x:f32[32,64] w:f32[64,48] v:f32[48]"
 SCALED = ("e4m3", "e5m2", "mxfp8", "mxfp4", "nvfp4", "e4m3_row")
-NVFP4_RECIPES = ("nvfp4_2d", "nvfp4_sr", "nvfp4_rht")
+FOUR_BITS = ("nvfp4_2d", "nvfp4_sr", "nvfp4_rht", "mxfp4_sr", "mxfp4_rht")
 MACHINES = {
     "sm_90": ("e4m3", "e5m2", "e4m3_row"),
-    "sm_100": (*SCALED, *NVFP4_RECIPES),
+    "sm_100": (*SCALED, *FOUR_BITS),
     "gfx942": ("e4m3fnuz",),
 }
-MACHINES |= {"gfx942": ("e4m3fnuz",), "gfx950": ("e4m3", "mxfp8", "mxfp4")}
+MACHINES |= {"gfx942": ("e4m3fnuz",), "gfx950": ("e4m3", "mxfp8", "mxfp4", "mxfp4_sr", "mxfp4_rht")}
 Pairs = list[tuple[Tensor, Tensor]]
 CASES = [(machine, fmt) for machine, formats in MACHINES.items() for fmt in formats]
 
@@ -87,10 +87,10 @@ def test_product_has_the_format_and_the_numbers_of_its_emulation(
 ) -> None:
     described = f"{HEAD} | a = mm x w | b = addmm v x w | return a b"
     unit = lowered(described, {"a": fmt, "b": fmt}, architecture)
-    multiplied = "nvfp4" if fmt in NVFP4_RECIPES else fmt
+    multiplied = hardware_format(fmt) if fmt in FOUR_BITS else fmt
     assert list(formats_of(unit.joint.module.graph).values()) == [multiplied, multiplied]
     for found, expected in both(described, {"a": fmt, "b": fmt}, architecture):
-        if fmt == "nvfp4_rht":  # emulation rotates operands back: two more roundings of float32
+        if fmt.endswith("_rht"):  # emulation rotates operands back: two more roundings of float32
             assert relative_error([found], [expected]) < 1e-6
         else:
             close(found, expected)
