@@ -127,7 +127,8 @@ def make_frontier(
     Args:
         model: the module, in the mode it trains in; left as it was.
         batch: as for ``make_plan``.
-        points: how many budgets to solve for, 2 or more; equal plans are listed once.
+        points: how many budgets to solve for, 2 or more, beside autocast's error and ``budget``;
+            equal plans are listed once.
         loss: as for ``make_plan``.
         target: as for ``make_plan``.
         budget: of the plan that is marked on the frontier, as for ``make_plan``.
@@ -148,6 +149,7 @@ def make_frontier(
         unit.problem,
         points,
         progress=lambda done, count: say(f"Find the fastest plan for error {done + 1} of {count}"),
+        through=(unit.problem.error(unit.baseline), unit.budget.limit),
     )
     return frontier_of_unit(unit, captured.origin, found)
 

@@ -11,6 +11,8 @@ FLAGS: Mapping[str, str] = {
     "flush": "most values would round to zero, all in one direction",
     "coherent": "rounding errors of one sign add up instead of cancelling",
     "invalid": "the predicted error is so large that first-order analysis does not hold",
+    "bias": "gradients rounded to nearest in few bits err alike from step to step",
+    "unmeasured": "errors were not measured, but taken from a smaller model or from formats alone",
     "silence": "nothing measured depends on the tensor, so no error can be predicted",
     "single-element": "the prediction rests on the rounding of a single number",
     "same-sign-sum": "so many terms of one sign that a narrow running sum would stop growing",

@@ -110,7 +110,8 @@ def frontier_of_plan(
     """
     problem = problem_of(plan)
     assert plan.tables is not None
-    found, totals = frontier(problem, points, 1e-2, seconds, progress), plan.totals
+    through = problem.error(plan.tables.autocast), plan.budget.limit
+    found, totals = frontier(problem, points, 1e-2, seconds, progress, through), plan.totals
     best = totals.predicted_seconds, totals.predicted_gradient_error, totals.bound_seconds
     chosen = Solution(plan.assignment, *best, totals.gap)
     return Frontier(

@@ -1,7 +1,7 @@
 """The whole trade-off of time against error of one problem, point by point."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -18,6 +18,7 @@ def frontier(
     gap: float = 1e-3,
     seconds: float = 300.0,
     progress: Callable[[int, int], None] = lambda _done, _all: None,
+    through: Iterable[float] = (),
 ) -> tuple[Solution, ...]:
     """Fastest assignments for budgets from none to all that helps, in the order of their errors.
 
@@ -35,6 +36,7 @@ def frontier(
         gap: relative optimality gap to aim at; a point states which one it reached.
         seconds: time limit; the points found by then are returned.
         progress: called with the number of budgets done and of all.
+        through: further budgets, as errors, such as those of plans to compare with.
 
     Returns:
         No point is beaten by another in both time and error.
@@ -46,7 +48,9 @@ def frontier(
     if fastest is None:
         return ()
     found, largest = [fastest], problem.variance(fastest.assignment)
-    limits = _limits(composed, largest, points, end)
+    wanted = [error**2 for error in through if error**2 < largest]
+    curve = _limits(composed, largest, points, end)
+    limits = sorted({*curve, *(limit for limit in wanted if limit > curve[-1])}, reverse=True)
     for number, limit in enumerate(limits):
         progress(number, len(limits))
         if time.monotonic() > end:

@@ -56,7 +56,8 @@ def supports(architecture: str, kernel: str, format: str) -> Support:
         return Support(f"{kernel} is not written for {format}")
     machine = known_architecture(architecture)
     if machine is None:
-        return Support(f"kernels are not proved for {architecture}")
+        name = architecture or "a GPU of unknown architecture"
+        return Support(f"kernels are not proved for {name}")
     return Support(reason_against(machine, format, found[kernel].matrix))
 
 

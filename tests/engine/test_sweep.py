@@ -1,6 +1,6 @@
 """The trade-off of time and error: monotone, and each point what the solver finds for its error."""
 
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -56,6 +56,17 @@ def test_many_layers_give_as_many_points_as_asked_for_each_within_the_gap() -> N
     assert len(points) >= 10
     assert all(point.gap <= 0.01 for point in points)
     assert [done for done, _ in told] == list(range(len(told)))
+
+
+@some
+@given(problems())
+def test_no_assignment_that_it_goes_through_is_faster_than_its_points(problem: Problem) -> None:
+    for assignment in islice(legal_assignments(problem), 5):
+        error, seconds = problem.error(assignment), problem.seconds(assignment)
+        points = frontier(problem, 3, GAP, through=[error])
+        if error <= 1.0 and error >= points[0].error:
+            best = min(point.seconds for point in points if point.error <= error * (1 + 1e-5))
+            assert best <= seconds * (1 + 2 * GAP) + 1e-10
 
 
 def test_where_float32_is_the_fastest_there_is_one_point() -> None:
