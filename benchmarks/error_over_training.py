@@ -82,13 +82,12 @@ def write(output: Path, rows: list[dict[str, Any]]) -> None:
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """The errors as a table."""
-    steps = list(rows[0]["errors"])
-    table = Table("plan", "predicted")
-    for step in steps:
-        table.add_column(f"step {step}", justify="right", min_width=5)
+    table = Table("step")
     for row in rows:
-        errors = (f"{row['errors'][step]:.3f}" for step in steps)
-        table.add_row(row["plan"], f"{row['predicted']:.3f}", *errors)
+        table.add_column(row["plan"], justify="right")
+    table.add_row("predicted", *(f"{row['predicted']:.3f}" for row in rows))
+    for step in rows[0]["errors"]:
+        table.add_row(step, *(f"{row['errors'][step]:.3f}" for row in rows))
     console.print(table)
 
 
