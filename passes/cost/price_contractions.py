@@ -30,10 +30,12 @@ class PriceContractions:
        convolutions by the slower of arithmetic at the format's achieved rate and traffic of
        operands and result at the achieved bandwidth, plus a launch.
     2. On this machine: the very call (operation, sizes, strides, dtype) is timed, all formats
-       in turn, and kept on disk. Formats that a square matmul shows to be slower than float32
-       are not timed, which would take longer than it tells: they cost as many times the float32
-       call as they are slower there. On a GPU products in scaled formats are timed as
-       ``aten._scaled_mm`` on operands in the format; quantising them is priced with the casts.
+       in turn, and kept on disk. Matrix products in formats that a square one shows to be slower
+       than float32 are not timed, which would take longer than it tells: they cost as many times
+       the float32 call as they are slower there. Attention and convolutions have other kernels, of
+       which that says nothing: they are timed in all formats. On a GPU
+       products in scaled formats are timed as ``aten._scaled_mm`` on operands in the format;
+       quantising them is priced with the casts.
     """
 
     name: ClassVar[str] = "price-contractions"
@@ -60,7 +62,7 @@ class PriceContractions:
         keys: dict[tuple[str, str], str] = {}
         cases: dict[str, Callable[[], Any]] = {}
         for name, node in sites.items():
-            for fmt in formats:
+            for fmt in formats if is_matrix_product(node) else machine.matmul_flops:
                 found = _case(node, fmt, machine.device)
                 if found is not None:
                     keys[name, fmt], case = found
@@ -80,7 +82,7 @@ class PriceContractions:
         unit.journal.note(
             self.name,
             f"{len(cases)} distinct calls on this machine: {len(cases) - known} timed now, "
-            f"{known} known from {machine.path.name}; not timed, slower than fp32: "
+            f"{known} known from {machine.path.name}; products not timed, slower than fp32: "
             f"{', '.join(set(machine.matmul_flops) - set(formats)) or 'none'}",
         )
 

@@ -39,6 +39,26 @@ def test_cast_moves_below_several_views_at_once() -> None:
     assert sorted(shapes) == [(8, 32), (8, 32), (32, 32)]
 
 
+def test_what_both_readers_copy_is_copied_once_and_narrow() -> None:
+    """A product and a column sum, as of a linear layer's backward pass, behind the same copy."""
+    described = (
+        f"{HEAD} | a = relu x | p = permute a [1,0] | q = clone p"
+        " | b = mm w q | s = sum.dim_IntList q [1] | return b s"
+    )
+    chosen = {"a.store": "bf16", "b": "bf16", "b.store": "bf16"}
+    before = rewrite(graph(described), chosen, InsertCasts()).joint.module
+    after = rewrite(graph(described), chosen, InsertCasts(), SinkCasts()).joint.module
+    copied = [
+        [node.meta["val"].dtype for node in module.graph.nodes if "clone" in str(node.target)]
+        for module in (before, after)
+    ]
+    assert set(copied[0]) == {torch.bfloat16, torch.float32}
+    assert copied[1] == [torch.bfloat16]
+    assert cast_elements(after) == cast_elements(before)
+    for found, expected in zip(after(*inputs_of(before)), before(*inputs_of(before)), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_cast_stays_where_the_whole_tensor_is_read() -> None:
     described = f"{HEAD} | a = slice.Tensor x 0 0 32 | b = mm a w | c = mm x w | return b c"
     chosen = {"b": "bf16", "b.store": "bf16", "c": "bf16", "c.store": "bf16"}
