@@ -91,7 +91,7 @@ def compute_bound(name: str, formats: Collection[str] = ()) -> Target:
     rates = {fmt: rate for fmt, rate in known.formats.items() if not formats or fmt in formats}
     fast = 100 * known.bandwidth
     return replace(
-        known, launch_seconds=0.0, ramp_seconds=0.0, bandwidth=fast, units=None, formats=rates
+        known, launch_seconds=0.0, issue_seconds=0.0, bandwidth=fast, units=None, formats=rates
     )
 
 

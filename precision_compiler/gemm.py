@@ -126,7 +126,6 @@ def quantise_seconds(
     twice: bool,
     joined: bool = False,
     source_bytes: float = _SOURCE_BYTES,
-    is_compiled: bool = False,
 ) -> float:
     """Seconds of quantising ``elements`` numbers, also along the other axis if ``twice``.
 
@@ -134,9 +133,7 @@ def quantise_seconds(
     amax where scales are not known beforehand; one read and one write per copy for the cast, with
     the scales; whatever a second copy along the other axis moves. Where a kernel before that
     makes the numbers can do the first pass on them (``joined``), one read and one kernel less.
-    ``source_bytes`` are those of an element as it is read, 2 by default (bf16). Kernels are issued
-    from Python as in published tables, or by a compiled program (``is_compiled``), which has the
-    next one ready when one ends.
+    ``source_bytes`` are those of an element as it is read, 2 by default (bf16).
     """
     rate, passes = target.rate(name), target.quantisation(scaling)
     copies = 2 if twice else 1
@@ -150,7 +147,7 @@ def quantise_seconds(
         size += passes.copy_bytes
         kernels += passes.copy_kernels
     stream = elements * size / (target.bandwidth * target.cast_fraction)
-    return stream + kernels * (target.kernel_seconds if is_compiled else target.issue_seconds)
+    return stream + kernels * target.issue_seconds
 
 
 def _wave_seconds(

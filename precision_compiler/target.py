@@ -51,8 +51,8 @@ class Target:
         ramp_seconds: from a kernel's start until all units are busy, and from the first idle
             unit to its end.
         issue_seconds: from the issue of one kernel of a quantisation to that of the next, which
-            waits for its result, from eager PyTorch: most of them are tiny, so this is what they
-            cost. In a compiled program, and so in plans, they cost ``kernel_seconds``.
+            waits for its result: most of them are tiny, so this is what they cost. About a launch
+            and a ramp in a compiled program, three times that from eager PyTorch.
         sustained_fraction: rate of long matmuls under the power limit, relative to the largest.
         quantise: passes of quantising, by scaling.
         recipes: further ways to multiply in its formats (``scaling.RECIPES``) that plans consider.

@@ -204,5 +204,5 @@ def machine(**rates: float) -> Target:
     formats = {name: FormatRate(rate, 1.0, "a test") for name, rate in flops.items()}
     return Target(
         "round", "numbers", "cpu", 1e12, 1.0, 1e-6, formats, "a test",
-        cast_fraction=1.0, ramp_seconds=0.0,
+        cast_fraction=1.0, issue_seconds=1e-6,
     )  # fmt: skip

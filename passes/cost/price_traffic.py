@@ -37,12 +37,11 @@ class PriceTraffic:
        a kernel of its own: read, write, launch.
     3. A copy in a format with scales costs what quantising costs in the target's model of matrix
        products, which is gauged on published times (``gemm.quantise_seconds``): its kernels, and
-       their reads and writes, but not the time of issuing kernels from Python. The first of them
-       joins the kernel that makes the tensor, if there is one. Where the hardware multiplies only
-       operands that are contiguous along the sum, and where rows or blocks have scales, the copy
-       is written along both axes if its readers sum over both. It is read in 16 bits where the
-       tensor is stored (plans with 8-bit operands store 16), in float32 where it is a parameter or
-       input.
+       their reads and writes. The first of them joins the kernel that makes the tensor, if there
+       is one. Where the hardware multiplies only operands that are contiguous along the sum, and
+       where rows or blocks have scales, the copy is written along both axes if its readers sum
+       over both. It is read in 16 bits where the tensor is stored (plans with 8-bit operands store
+       16), in float32 where it is a parameter or input.
     4. In a graph from an ONNX file no cast fuses. Its weights are cast in the file: that is free.
     5. Formats change nothing about launches, tensors that are no site, and arithmetic, which is
        float32: together they are the fixed time. On this machine arithmetic is timed, operation
@@ -150,7 +149,6 @@ def cast_seconds(
         width = CHOICES["bf16" if stored else "fp32"].bytes
         return quantise_seconds(
             target, elements, fmt, scaling, twice=layouts > 1, joined=joins, source_bytes=width,
-            is_compiled=True,
         )  # fmt: skip
     written = target.write_seconds(elements * CHOICES[fmt].bytes)
     if joins:

@@ -54,9 +54,9 @@ def multiplied(name: str) -> str:
     [
         ("h100", 0.15, 2048, {"e4m3"}),
         ("b200", 0.15, 2048, {"mxfp8"}),
-        ("b200", 0.6, 4096, {"nvfp4_sr"}),
+        ("b200", 0.6, 8192, {"nvfp4_sr"}),
         ("mi300x", 0.15, 2048, {"e4m3fnuz"}),
-        ("mi355x", 0.4, 2048, {"mxfp4", "mxfp4_sr", "mxfp4_rht"}),
+        ("mi355x", 0.4, 2048, {"mxfp4_sr"}),
     ],
 )
 def test_every_product_has_exactly_the_planned_format(

@@ -32,7 +32,7 @@ EVERYTHING = EmulateFormats(everything=True)
 def decided(model: str) -> Decision:
     """On a B200 whose memory and launches cost nothing, so that only arithmetic counts."""
     known = Target.load("b200")
-    fast = replace(known, launch_seconds=0.0, ramp_seconds=0.0, bandwidth=1e16, units=None)
+    fast = replace(known, launch_seconds=0.0, issue_seconds=0.0, bandwidth=1e16, units=None)
     return decide(captured(model), fast, Budget.parse(0.2))
 
 

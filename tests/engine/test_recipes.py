@@ -45,7 +45,7 @@ CDNA4 = ("mxfp4_sr", "mxfp4_rht")
 @cache
 def decided(machine: str, recipes: tuple[str, ...], limit: float = 0.2) -> Decision:
     known = Target.load(machine).with_recipes(*recipes)
-    fast = replace(known, launch_seconds=0.0, ramp_seconds=0.0, bandwidth=1e16, units=None)
+    fast = replace(known, launch_seconds=0.0, issue_seconds=0.0, bandwidth=1e16, units=None)
     return decide(captured("gpt"), fast, Budget.parse(limit))
 
 
@@ -210,7 +210,7 @@ def test_what_a_lowered_product_makes_is_a_gradient() -> None:
 def test_a_recipe_by_hand_is_an_override() -> None:
     case = made("gpt")
     target = replace(
-        Target.load("b200"), launch_seconds=0.0, ramp_seconds=0.0, bandwidth=1e16, units=None
+        Target.load("b200"), launch_seconds=0.0, issue_seconds=0.0, bandwidth=1e16, units=None
     )
     plan = precision_compiler.make_plan(
         case.model, case.batch, target=target, budget=0.3, overrides={"*.fc.wgrad": "nvfp4_rht"}
@@ -295,7 +295,7 @@ def test_square_blocks_have_no_onnx_form(recipe: str, message: str) -> None:
 def test_rows_leave_as_onnx(tmp_path: Path) -> None:
     case = made("gpt")
     target = replace(
-        Target.load("h100"), launch_seconds=0.0, ramp_seconds=0.0, bandwidth=1e16, units=None
+        Target.load("h100"), launch_seconds=0.0, issue_seconds=0.0, bandwidth=1e16, units=None
     )
     plan = precision_compiler.make_plan(
         case.model, case.batch, target=target, budget=0.3, overrides={"*.fc.fprop": "e4m3_row"}

@@ -77,12 +77,8 @@ def test_cast_of_an_input_or_a_contractions_result_is_a_kernel_of_its_own() -> N
     ("name", "fmt"), [("h100", "e4m3"), ("b300", "e4m3"), ("b300", "mxfp8"), ("b300", "nvfp4")]
 )
 def test_copies_cost_what_the_model_of_products_takes_for_quantising(name: str, fmt: str) -> None:
-    """Gauged on published times; both operands are bf16 results, the left one summed both ways.
-
-    Those times are of kernels issued from Python, a plan's kernels follow one another at once.
-    """
-    known = Target.load(name)
-    target = replace(known, issue_seconds=known.kernel_seconds)
+    """Gauged on published times; both operands are bf16 results, the left one summed both ways."""
+    target = Target.load(name)
     text = "x:f32[64,64] | a = mm x x | b = mm x x | t = t a | c = mm a b | d = mm t b"
     unit = unit_of(graph(f"{text} | return c d"), target=target)
     FindKernels().run(unit)
@@ -106,7 +102,7 @@ def test_blocks_of_a_fused_tensor_are_cast_where_it_is_made(
     FindKernels().run(unit)
     PriceTraffic().run(unit)
     bytes_moved = ELEMENTS * (2 * reads + CHOICES[fmt].bytes)
-    expected = bytes_moved / (0.75 * 8e12) + kernels * target.kernel_seconds
+    expected = bytes_moved / (0.75 * 8e12) + kernels * target.issue_seconds
     assert unit.cast_prices["a"][fmt] == pytest.approx(expected)
 
 
