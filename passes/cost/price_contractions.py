@@ -33,9 +33,9 @@ class PriceContractions:
        in turn, and kept on disk. Matrix products in formats that a square one shows to be slower
        than float32 are not timed, which would take longer than it tells: they cost as many times
        the float32 call as they are slower there. Attention and convolutions have other kernels, of
-       which that says nothing: they are timed in all formats. On a GPU
-       products in scaled formats are timed as ``aten._scaled_mm`` on operands in the format;
-       quantising them is priced with the casts.
+       which that says nothing: they are timed in all formats. On a GPU products in scaled formats
+       are timed as ``aten._scaled_mm`` on operands in the format; quantising them is priced with
+       the casts.
     """
 
     name: ClassVar[str] = "price-contractions"

@@ -85,6 +85,8 @@ def _share(graph: fx.Graph, cast: fx.Node, twins: Mapping[fx.Node, fx.Node]) -> 
     for view, twin in twins.items():
         if view < twin:
             view.prepend(twin)
+            # Computed where the view was: what the forward pass reads is not left to the backward.
+            twin.meta = {**view.meta, "val": twin.meta["val"]}
     return _replace(graph, cast, twins)
 
 

@@ -59,6 +59,24 @@ def test_what_both_readers_copy_is_copied_once_and_narrow() -> None:
         assert torch.equal(found, expected)
 
 
+def test_what_the_forward_pass_reads_is_computed_there() -> None:
+    """Its float32 view comes first; the narrow one is the backward pass's."""
+    described = (
+        f"{HEAD} | a = relu x | p = permute a [1,0] | s = sum.dim_IntList p [1]"
+        " | q@backward = permute a [1,0] | b@backward = mm w q | return s b"
+    )
+    chosen = {"a.store": "bf16", "b": "bf16", "b.store": "bf16"}
+    module = rewrite(graph(described), chosen, InsertCasts(), SinkCasts()).joint.module
+    views = [node for node in module.graph.nodes if "permute" in str(node.target)]
+    assert len(views) == 1  # shared
+    (total,) = (node for node in module.graph.nodes if "sum" in str(node.target))
+    waiting, above = [total], set()
+    while waiting:
+        above.add(node := waiting.pop())
+        waiting.extend(node.all_input_nodes)
+    assert "is_backward" not in {node.meta.get("partitioner_tag") for node in above}
+
+
 def test_cast_stays_where_the_whole_tensor_is_read() -> None:
     described = f"{HEAD} | a = slice.Tensor x 0 0 32 | b = mm a w | c = mm x w | return b c"
     chosen = {"b": "bf16", "b.store": "bf16", "c": "bf16", "c.store": "bf16"}
