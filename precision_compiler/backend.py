@@ -2,7 +2,8 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,19 @@ class PrecisionBackend:
 def _compile(
     module: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]
 ) -> Callable[..., Any]:
-    with warnings.catch_warnings():
-        # Inductor's remark on a fused kernel that reads one tensor in bf16 and another in fp16
-        warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed in the scheduler node")
+    with without_remarks():
         return compile_fx(module, list(inputs), config_patches=patches)  # type: ignore[return-value]
+
+
+@contextmanager
+def without_remarks() -> Iterator[None]:
+    """Leave out Inductor's remark on fused kernels with one tensor in bf16 and another in fp16.
+
+    Backward graphs are compiled when they first run: a program that wants quiet wraps that too.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed in the scheduler node")
+        yield
 
 
 def precision(

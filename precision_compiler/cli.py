@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from precision_compiler import Target, export_onnx, make_frontier, make_plan
+from precision_compiler.backend import without_remarks
 from precision_compiler.cli_annotate import add_annotate
 from precision_compiler.cli_common import (
     WORKLOAD,
@@ -66,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int | None] = options.command
     try:
-        return command(options) or 0
+        with without_remarks():
+            return command(options) or 0
     except PrecisionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
