@@ -22,6 +22,7 @@ from precision_compiler.passes.lower.emulate_formats import EmulateFormats
 from precision_compiler.passes.lower.lower_contractions import LowerContractions
 from precision_compiler.passes.lower.place_kernels import PlaceKernels
 from precision_compiler.passes.lower.spell_out_operands import SpellOutOperands
+from precision_compiler.passes.rewrite.delay_reductions import DelayReductions
 from precision_compiler.passes.rewrite.fold_casts import FoldCasts
 from precision_compiler.passes.rewrite.insert_casts import InsertCasts
 from precision_compiler.passes.rewrite.sink_casts import SinkCasts
@@ -53,6 +54,7 @@ REWRITE: tuple[Pass, ...] = (
     InsertCasts(),
     SinkCasts(),
     FoldCasts(),
+    DelayReductions(),
     ChooseAttention(),
     LowerContractions(),
     PlaceKernels(),

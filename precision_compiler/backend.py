@@ -28,6 +28,7 @@ from precision_compiler.plan import Plan, digest_of
 from precision_compiler.target import Target
 from precision_compiler.toolchain import require_toolchain
 from precision_compiler.trial import run_trial
+from precision_compiler.wide_casts import SplitCasts
 
 _ATTRIBUTE = "_precision_backend"  # where a module compiled in place keeps its backend
 _OPTIONS = ("target", "budget", "plan")
@@ -108,6 +109,7 @@ class PrecisionBackend:
             # Without it, kernels pass values on unrounded where plan and prediction have them
             # rounded: the error then is not the one that was predicted, and varies with fusion.
             patches["emulate_precision_casts"] = True
+            patches["joint_custom_post_pass"] = SplitCasts()
         compiled = _compile(module, inputs, patches)
         self._compiled = self._compiled or torch.is_grad_enabled()
         return compiled

@@ -92,6 +92,7 @@ LAYERS = (
         "sweep",
         "tradeoff",
         "verify",
+        "wide_casts",
     },
     {"kernels"},
     {"lowering"},
