@@ -29,6 +29,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import precision_compiler
+from precision_compiler.backend import without_remarks
 from precision_compiler.budget import Budget
 from precision_compiler.calibrated import ANCHORS, Calibrated
 from precision_compiler.capture import capture
@@ -213,7 +214,7 @@ def main() -> None:
     if options.output.exists():
         record = json.loads(options.output.read_text())
         record["models"] = {name: calibrated(found) for name, found in record["models"].items()}
-    with Progress() as progress:
+    with Progress() as progress, without_remarks():
         for name in options.models:
             if name in record["models"]:
                 continue
