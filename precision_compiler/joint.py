@@ -198,7 +198,7 @@ def trace_joint(module: fx.GraphModule, inputs: Sequence[Any]) -> JointGraph:
         backward = bool(options.get("is_backward"))
         if not backward:
             saved.extend(node.name for node in part.graph.output_node().all_input_nodes)
-        parts.append(Part(copied(part), tuple(given), backward))
+        parts.append(Part(part, tuple(given), backward))
         return _Boxed(part)
 
     patches = {"joint_custom_pre_pass": _Hook(keep), "fx_graph_cache": False}

@@ -217,8 +217,8 @@ class Pipeline:
         self.passes = tuple(passes)
 
     def run(self, unit: Unit, progress: Progress = silent) -> None:
-        """Run every pass on ``unit``; after a change clean, lint and verify the graph."""
-        module = unit.joint.module
+        """Run every pass on ``unit``; after each change clean, lint and verify the graph."""
+        module, stale = unit.joint.module, False
         results = result_dtypes(module.graph)
         for step in self.passes:
             progress(_first_line(step))
@@ -227,11 +227,13 @@ class Pipeline:
             if changed:
                 module.graph.eliminate_dead_code()
                 module.graph.lint()
-                module.recompile()
                 verify_graph(module.graph, step.name, results)
+                stale = True
             elapsed = time.perf_counter() - start
             after = len(module.graph.nodes)
             unit.journal.add(JournalEntry(step.name, _first_line(step), elapsed, before, after))
+        if stale:  # once: code for thousands of nodes takes as long as a pass
+            module.recompile()
 
     def _run_one(self, step: Pass, unit: Unit) -> bool:
         try:

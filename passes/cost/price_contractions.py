@@ -1,6 +1,6 @@
 """See PriceContractions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -48,10 +48,12 @@ class PriceContractions:
         """Fill ``unit.contraction_prices``."""
         nodes = {node.name: node for node in unit.joint.module.graph.nodes}
         sites = {name: nodes[site.node] for name, site in unit.links.contractions.items()}
-        unit.contraction_prices = {
-            name: {fmt: roofline(node, fmt, unit.target) for fmt in unit.target.choices}
-            for name, node in sites.items()
+        distinct = {_sizes(node): node for node in sites.values()}  # layers repeat the same few
+        known = {
+            sizes: {fmt: roofline(node, fmt, unit.target) for fmt in unit.target.choices}
+            for sizes, node in distinct.items()
         }
+        unit.contraction_prices = {name: known[_sizes(node)] for name, node in sites.items()}
         if unit.target.machine is not None:
             self._measure(unit, unit.target.machine, sites)
         return False
@@ -85,6 +87,12 @@ class PriceContractions:
             f"{known} known from {machine.path.name}; products not timed, slower than fp32: "
             f"{', '.join(set(machine.matmul_flops) - set(formats)) or 'none'}",
         )
+
+
+def _sizes(node: fx.Node) -> Hashable:
+    """What ``roofline`` asks of a contraction."""
+    operands, results = operand_nodes(node), output_nodes(node)
+    return node.target, *map(shape_of, operands), "->", *map(shape_of, results)
 
 
 def roofline(node: fx.Node, fmt: str, target: Target) -> float:
