@@ -21,6 +21,7 @@ from precision_compiler.passes.lower.choose_attention import ChooseAttention
 from precision_compiler.passes.lower.emulate_formats import EmulateFormats
 from precision_compiler.passes.lower.lower_contractions import LowerContractions
 from precision_compiler.passes.lower.place_kernels import PlaceKernels
+from precision_compiler.passes.lower.place_loss import PlaceLoss
 from precision_compiler.passes.lower.spell_out_operands import SpellOutOperands
 from precision_compiler.passes.rewrite.delay_reductions import DelayReductions
 from precision_compiler.passes.rewrite.fold_casts import FoldCasts
@@ -58,6 +59,7 @@ REWRITE: tuple[Pass, ...] = (
     ChooseAttention(),
     LowerContractions(),
     PlaceKernels(),
+    PlaceLoss(),
     SpellOutOperands(),
     EmulateFormats(),
 )

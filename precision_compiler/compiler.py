@@ -17,7 +17,7 @@ from precision_compiler.joint import JointGraph
 from precision_compiler.journal import Journal
 from precision_compiler.lowering.products import Lowered, products_of
 from precision_compiler.lowering.relocate import on_gpu
-from precision_compiler.lowering.support import architecture_for
+from precision_compiler.lowering.support import architecture_for, shipped
 from precision_compiler.outcomes import MeasuredError, Trial, Verification
 from precision_compiler.passes import JUDGE, REWRITE
 from precision_compiler.passes.analyse.borrow_statistics import BorrowStatistics
@@ -360,8 +360,9 @@ def rewrite(
         check_plan(plan, sites)
     journal = Journal()
     architecture = architecture_for(plan.target)
+    machine = shipped(plan.target)
     unit = Unit(
-        joint, None, plan.budget, journal, assignment=plan.assignment, architecture=architecture
+        joint, machine, plan.budget, journal, assignment=plan.assignment, architecture=architecture
     )
     Pipeline(passes, given=frozenset({"assignment"})).run(unit)
     return journal

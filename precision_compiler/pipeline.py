@@ -45,7 +45,7 @@ class Unit:
 
     Attributes:
         joint: the graph, rewritten in place by the passes of the later stages.
-        machine: the target; None when an assignment is only carried out.
+        machine: the target; None where an assignment is carried out for one that is not known.
         budget: the allowed error; its limit is set once the baseline is scored.
         journal: what happened so far.
         captured: the graph before any rewriting with its objective, for analysis.

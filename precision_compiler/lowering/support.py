@@ -48,5 +48,10 @@ def architecture_for(target: str) -> str:
     """What graphs are lowered for: the GPU at hand, or without one, a shipped target's."""
     if torch.cuda.is_available():
         return this_architecture()
-    known = target in Target.names() and target != "cpu"
-    return Target.load(target).architecture if known else ""
+    known = shipped(target)
+    return "" if known is None else known.architecture
+
+
+def shipped(target: str) -> Target | None:
+    """A plan's target if its speed is in a file of ours; None for this machine and a user's."""
+    return Target.load(target) if target in Target.names() and target != "cpu" else None
