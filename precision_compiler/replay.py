@@ -1,7 +1,7 @@
 """Run a captured graph on real values, operation by operation."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -42,20 +42,30 @@ class Replay:
     """
 
     def __init__(
-        self, module: fx.GraphModule, inputs: Sequence[Any], outputs: int, run: Execute = execute
+        self,
+        module: fx.GraphModule,
+        inputs: Sequence[Any],
+        outputs: int,
+        run: Execute = execute,
+        only: Collection[int] | None = None,
     ) -> None:
         graph = module.graph
         self._run = run
         primals, self._tangents = primals_and_tangents(graph)
         self.values: dict[fx.Node, Any] = dict(zip(primals, inputs, strict=True))
         later = reached_from(self._tangents) if self._tangents else set()
-        steps = [node for node in graph.nodes if is_step(node)]
-        self._forward = [node for node in steps if node not in later]
-        self._backward = [node for node in steps if node in later]
         results = graph.output_node().args[0]
         assert isinstance(results, (list, tuple))
         self._results, self._gradients = results[:outputs], results[outputs:]
-        wanted = {node for node in results if isinstance(node, fx.Node)}
+        if only is not None:
+            there = [node for node in self._gradients if node is not None]
+            self._gradients = [there[position] for position in sorted(only)]
+        wanted = {n for n in (*self._results, *self._gradients) if isinstance(n, fx.Node)}
+        draws = {n for n in graph.nodes if _draws(n)}  # all, so that each draws the same numbers
+        needed = set(graph.nodes) if only is None else _with_sources(wanted | draws)
+        steps = [node for node in graph.nodes if is_step(node) and node in needed]
+        self._forward = [node for node in steps if node not in later]
+        self._backward = [node for node in steps if node in later]
         self._last = _last_uses([*self._forward, *self._backward], wanted)
 
     def forward(self) -> list[Any]:
@@ -91,6 +101,21 @@ class Replay:
                 del self.values[spent]
 
 
+def _draws(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _with_sources(wanted: set[fx.Node]) -> set[fx.Node]:
+    """Nodes and everything they are computed from."""
+    waiting, found = list(wanted), set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(node.all_input_nodes)
+    return found
+
+
 def _last_uses(steps: Sequence[fx.Node], wanted: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """For every step, the nodes that nothing reads after it: their memory can be used again."""
     last: dict[fx.Node, fx.Node] = {}
@@ -108,6 +133,7 @@ def gradients_of(
     module: fx.GraphModule | None = None,
     inputs: Sequence[Any] | None = None,
     run: Execute = execute,
+    only: Collection[int] | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Loss and parameter gradients of a joint graph run without Inductor.
 
@@ -118,6 +144,7 @@ def gradients_of(
         module: a rewritten graph with the same inputs and results; the captured one by default.
         inputs: values in place of the captured ones, such as those of another batch.
         run: runs single operations.
+        only: positions of the gradients to return, which nothing else is computed for.
 
     Returns:
         The loss and the gradients of the parameters, in the order of the inputs.
@@ -126,11 +153,12 @@ def gradients_of(
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same dropout masks in every replay
         given = joint.inputs if inputs is None else inputs
-        replay = Replay(module or joint.module, given, joint.outputs, run)
+        some = None if joint.inference else only
+        replay = Replay(module or joint.module, given, joint.outputs, run, some)
         results = [_as_leaf(value) for value in replay.forward()]
         if joint.inference:
             floats = [value.detach() for value in results if _is_float(value)]
-            return torch.zeros(()), floats
+            return torch.zeros(()), floats if only is None else [floats[i] for i in sorted(only)]
         with torch.enable_grad():
             loss = captured.objective(lambda: results)
             wanted = replay.tangents_needed(results)

@@ -194,10 +194,10 @@ def _with_float32_noise(
     """
     if not doubtful:
         return tensors
-    _, moved = gradients_of(captured, inputs=_jittered(captured.joint))
+    _, moved = gradients_of(captured, inputs=_jittered(captured.joint), only=doubtful)
     found = list(tensors)
-    for index, gradient in doubtful.items():
-        found[index] = replace(tensors[index], noise=_norm(gradient - moved[index]))
+    for index, gradient in zip(sorted(doubtful), moved, strict=True):
+        found[index] = replace(tensors[index], noise=_norm(doubtful[index] - gradient))
     return tuple(found)
 
 

@@ -1,5 +1,6 @@
 """Replay: the captured graph gives the model's own loss and gradients."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -90,6 +91,28 @@ def test_every_operation_runs_once_and_can_be_replaced() -> None:
     calls = [node for node in joint.module.graph.nodes if node.op == "call_function"]
     assert len(seen) == len(set(seen)) == len(calls)
     assert any(contraction_rule(node) is not None for node in seen[forward:])
+
+
+@pytest.mark.parametrize("name", ["gpt", "dropout"])
+def test_some_gradients_alone_are_the_same_and_take_fewer_products(name: str) -> None:
+    found = captured(name)
+    runs: list[list[fx.Node]] = [[], []]
+
+    def counting(calls: list[fx.Node]) -> Callable[..., Any]:
+        def run(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            calls.append(node)
+            return execute(node, args, kwargs)
+
+        return run
+
+    loss, every = gradients_of(found, run=counting(runs[0]))
+    same, some = gradients_of(found, run=counting(runs[1]), only=[3, 1])
+    assert torch.equal(loss, same)
+    assert [torch.equal(a, b) for a, b in zip(some, (every[1], every[3]), strict=True)] == [
+        True
+    ] * 2
+    products = [sum(contraction_rule(node) is not None for node in calls) for calls in runs]
+    assert products[1] < products[0]
 
 
 def test_buffers_stay_the_users() -> None:
