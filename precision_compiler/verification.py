@@ -143,8 +143,8 @@ def _corrections(truth: Truth, unit: Unit, found: MeasuredError) -> dict[str, fl
             return factors
     worst = max(found.ratio, found.gradient_error / unit.budget.limit if unit.budget.limit else 1.0)
     unit.journal.note(_STEP, f"all predictions raised {worst:.2f} times")
-    narrow = (site for site, fmt in unit.assignment.items() if fmt != "fp32")
-    return dict.fromkeys(narrow, min(worst, MOST) ** 2)
+    # Sites that are float32 now too: else the solver would go over to them, as underrated as these.
+    return dict.fromkeys(unit.assignment, min(worst, MOST) ** 2)
 
 
 def _groups(unit: Unit) -> dict[str, list[str]]:

@@ -193,14 +193,18 @@ def test_where_everything_is_underrated_everything_is_raised() -> None:
 
 
 def test_where_no_group_stands_out_all_predictions_are_raised_alike() -> None:
-    """An error 1.3 times the prediction is no failure of it, but it breaks the budget."""
+    """An error 1.3 times the prediction is no failure of it, but it breaks the budget.
+
+    Sites in float32 are raised too: the solver must not go over to what is as underrated.
+    """
     unit = decided("mlp", 0.02)
-    underrate(unit, {site.name for site in unit.joint.sites}, 1.3**2)
-    chosen = narrow(unit)
+    sites = {site.name for site in unit.joint.sites}
+    underrate(unit, sites, 1.3**2)
+    assert narrow(unit) < sites
     found = verify_plan(unit, captured("mlp"), held_out=False)
-    assert found.passed
-    assert found.measured.gradient_error <= 0.02
-    assert set(found.raised) == chosen
+    assert (found.passed, found.rounds) == (True, 2)
+    assert 0.8 < found.measured.ratio <= 1.0
+    assert set(found.raised) == sites
     (factor,) = set(found.raised.values())
     assert factor == pytest.approx(1.3**2, rel=0.2)
     assert story(unit)[1] == f"all predictions raised {factor**0.5:.2f} times"
