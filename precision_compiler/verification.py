@@ -93,9 +93,11 @@ def verify_plan(
 
     1. It passes where the measured error is within the budget and 1.5 times the prediction. A
        plan that rounds nothing may differ by float32's own epsilon: threads add in any order.
-    2. Otherwise groups of like sites are measured alone, and those that err by more than 1.5
-       times their prediction have their variances multiplied by what was found.
-    3. Where no group stands out, all variances are multiplied by measured over predicted.
+    2. Otherwise, also where only the budget is exceeded, groups of like sites are measured alone,
+       and those that err by more than 1.5 times their prediction have their variances multiplied
+       by what was found.
+    3. Where no group stands out, the variances of all sites are multiplied by measured over
+       predicted.
 
     Args:
         unit: decided; its assignment is replaced by better ones.
@@ -128,19 +130,15 @@ def _measured(truth: Truth, unit: Unit, assignment: Mapping[str, str]) -> Measur
 
 def _corrections(truth: Truth, unit: Unit, found: MeasuredError) -> dict[str, float]:
     """Factors on the variances of sites."""
-    if found.ratio > MISS:
-        groups = _groups(unit)
-        factors: dict[str, float] = {}
-        for label, sites in groups.items():
-            alone = {
-                site: fmt if site in sites else "fp32" for site, fmt in unit.assignment.items()
-            }
-            ratio = _measured(truth, unit, alone).ratio
-            if ratio > MISS:
-                unit.journal.note(_STEP, f"{label}: {ratio:.2f} times the predicted error, raised")
-                factors |= dict.fromkeys(sites, min(ratio, MOST) ** 2)
-        if factors:
-            return factors
+    factors: dict[str, float] = {}
+    for label, sites in _groups(unit).items():
+        alone = {site: fmt if site in sites else "fp32" for site, fmt in unit.assignment.items()}
+        ratio = _measured(truth, unit, alone).ratio
+        if ratio > MISS:
+            unit.journal.note(_STEP, f"{label}: {ratio:.2f} times the predicted error, raised")
+            factors |= dict.fromkeys(sites, min(ratio, MOST) ** 2)
+    if factors:
+        return factors
     worst = max(found.ratio, found.gradient_error / unit.budget.limit if unit.budget.limit else 1.0)
     unit.journal.note(_STEP, f"all predictions raised {worst:.2f} times")
     # Sites that are float32 now too: else the solver would go over to them, as underrated as these.

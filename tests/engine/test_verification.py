@@ -1,6 +1,7 @@
 """Verification: what is measured is the truth, and predictions that fail are corrected."""
 
 import re
+from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -181,6 +182,28 @@ def test_group_that_is_underrated_is_found_raised_and_the_new_plan_meets_the_bud
         )
 
 
+def test_a_group_is_looked_for_where_only_the_budget_is_exceeded() -> None:
+    """One underrated group of several moves the whole by less than what fails a prediction."""
+    unit = decided("llama", 0.05)
+    groups: dict[str, set[str]] = defaultdict(set)
+    for site in unit.joint.sites:
+        if unit.assignment[site.name] != "fp32":
+            groups[f"{site.op} {site.role}"].add(site.name)
+    worst = max(groups, key=lambda name: unit.problem.error(only(unit, groups[name])))
+    underrate(unit, groups[worst], 2.0**2)
+    found = verify_plan(unit, captured("llama"), held_out=False)
+    before, line, _ = story(unit)
+    errs, predicted = map(float, re.findall(r"(?:errs by|predicted) (0\.\d+),", before)[:2])
+    assert 0.05 < errs < MISS * predicted
+    assert re.fullmatch(rf"{worst} in e4m3: 2\.\d+ times the predicted error, raised", line)
+    assert (found.passed, found.rounds) == (True, 2)
+    assert 0.9 < found.measured.ratio < 1.1
+
+
+def only(unit: Unit, sites: Collection[str]) -> dict[str, str]:
+    return {site: fmt if site in sites else "fp32" for site, fmt in unit.assignment.items()}
+
+
 def test_where_everything_is_underrated_everything_is_raised() -> None:
     unit = decided("mlp", 0.02)
     underrate(unit, {site.name for site in unit.joint.sites}, 100.0)
@@ -193,20 +216,20 @@ def test_where_everything_is_underrated_everything_is_raised() -> None:
 
 
 def test_where_no_group_stands_out_all_predictions_are_raised_alike() -> None:
-    """An error 1.3 times the prediction is no failure of it, but it breaks the budget.
+    """An error 1.1 times the prediction is no failure of it, but it breaks the budget.
 
     Sites in float32 are raised too: the solver must not go over to what is as underrated.
     """
-    unit = decided("mlp", 0.02)
+    unit = decided("gpt", 0.002)
     sites = {site.name for site in unit.joint.sites}
-    underrate(unit, sites, 1.3**2)
+    underrate(unit, sites, 1.1**2)
     assert narrow(unit) < sites
-    found = verify_plan(unit, captured("mlp"), held_out=False)
+    found = verify_plan(unit, captured("gpt"), held_out=False)
     assert (found.passed, found.rounds) == (True, 2)
     assert 0.8 < found.measured.ratio <= 1.0
     assert set(found.raised) == sites
     (factor,) = set(found.raised.values())
-    assert factor == pytest.approx(1.3**2, rel=0.2)
+    assert factor == pytest.approx(1.1**2, rel=0.1)
     assert story(unit)[1] == f"all predictions raised {factor**0.5:.2f} times"
 
 
