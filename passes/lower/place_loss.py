@@ -43,7 +43,7 @@ class PlaceLoss:
 
     def run(self, unit: Unit) -> bool:
         """Place the kernel; note in the journal what it spares, or why it is not there."""
-        if not unit.architecture:
+        if not unit.architecture or unit.joint.inference:
             return False
         graph, placed = unit.joint.module.graph, False
         for loss in list(cross_entropies(graph)):

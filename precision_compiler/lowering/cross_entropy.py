@@ -85,7 +85,7 @@ def _form(tokens: int, words: int, ignore: int) -> fx.Graph:
         (change,) = torch.autograd.grad(loss, logits, grad)
         return loss, change
 
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.enable_grad():
         logits = torch.empty(tokens, words, requires_grad=True)
         target, grad = torch.empty(tokens, dtype=torch.int64), torch.empty(())
         return make_fx(step, select_decomp_table())(logits, target, grad).graph
@@ -125,6 +125,8 @@ class _Comparison:
         if isinstance(form, fx.Node) and isinstance(argument, fx.Node):
             return self.same(form, argument)
         if isinstance(form, list) and isinstance(argument, list):  # dimensions, or sizes
+            if not all(isinstance(one, int) for one in argument):
+                return False  # a size that the capture leaves open
             return form == [one + rank if one < 0 else one for one in argument]
         return type(form) is type(argument) and bool(form == argument)
 

@@ -11,6 +11,7 @@ from precision_compiler.budget import Budget
 from precision_compiler.capture import Captured, capture
 from precision_compiler.journal import Journal
 from precision_compiler.links import find_links
+from precision_compiler.lowering.cross_entropy import cross_entropies
 from precision_compiler.lowering.relocate import on_gpu
 from precision_compiler.passes import EMULATE, REWRITE
 from precision_compiler.passes.lower.place_loss import BACKWARD, LOSS
@@ -142,6 +143,28 @@ def test_a_deep_product_is_not_computed_twice() -> None:
     unit = lowered(found("plain", depth=1024))
     assert calls(unit) == []
     assert "computing logits again takes" in notes(unit)[0]
+
+
+def test_it_is_found_where_gradients_are_off() -> None:
+    """A backend is called in whatever mode the model first runs."""
+    with torch.no_grad():
+        unit = lowered(found("plain", words=WORDS + 1))
+    assert calls(unit) == [LOSS, BACKWARD]
+
+
+def test_an_open_size_is_another_loss() -> None:
+    graph = found("plain").joint.copy().module.graph
+    assert len(list(cross_entropies(graph))) == 1
+    (zeros,) = (
+        node
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)
+        if node.args[0] == [TOKENS, WORDS]
+    )
+    holder = graph.find_nodes(op="placeholder")[0]
+    with graph.inserting_before(zeros):
+        size = graph.call_function(torch.ops.aten.sym_size.int, (holder, 0))
+    zeros.args = ([size, WORDS], *zeros.args[1:])
+    assert list(cross_entropies(graph)) == []
 
 
 def test_an_unknown_machine_is_left_alone() -> None:
