@@ -169,6 +169,15 @@ def root_of(node: fx.Node) -> fx.Node:
     return node
 
 
+def made_by(operand: fx.Node) -> fx.Node:
+    """What computes an operand, past views, copies and roundings."""
+    node = root_of(operand)
+    while is_cast(node):
+        assert isinstance(node.args[0], fx.Node)
+        node = root_of(node.args[0])
+    return node
+
+
 def primals_and_tangents(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
     """The placeholders of a joint graph: those of its inputs, and of gradients of its results."""
     primals, tangents = list[fx.Node](), list[fx.Node]()

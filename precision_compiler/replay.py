@@ -61,8 +61,8 @@ class Replay:
             there = [node for node in self._gradients if node is not None]
             self._gradients = [there[position] for position in sorted(only)]
         wanted = {n for n in (*self._results, *self._gradients) if isinstance(n, fx.Node)}
-        draws = {n for n in graph.nodes if _draws(n)}  # all, so that each draws the same numbers
-        needed = set(graph.nodes) if only is None else _with_sources(wanted | draws)
+        random = {n for n in graph.nodes if draws(n)}  # all, so that each draws the same numbers
+        needed = set(graph.nodes) if only is None else _with_sources(wanted | random)
         steps = [node for node in graph.nodes if is_step(node) and node in needed]
         self._forward = [node for node in steps if node not in later]
         self._backward = [node for node in steps if node in later]
@@ -101,7 +101,8 @@ class Replay:
                 del self.values[spent]
 
 
-def _draws(node: fx.Node) -> bool:
+def draws(node: fx.Node) -> bool:
+    """Whether a node takes numbers from the source of random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 

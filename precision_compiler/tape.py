@@ -18,7 +18,7 @@ from precision_compiler.capture import Captured
 from precision_compiler.chunks import Chunk, Phase, affordable, frugal, phases, saved_bytes
 from precision_compiler.graph import contraction_rule, primals_and_tangents, reached_from, value_of
 from precision_compiler.heap import SpareMemory
-from precision_compiler.replay import is_step, tangent_positions
+from precision_compiler.replay import draws, is_step, tangent_positions
 
 Values = Callable[[fx.Node], Any]
 """Gives the value that a node has while a chunk runs."""
@@ -170,8 +170,7 @@ class Tape:
     def _known(self, node: fx.Node) -> AbstractContextManager[Any]:
         """In the second run of a chunk: what the first one left is not computed again."""
         value = self.values.get(node)
-        draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if draws or not isinstance(value, torch.Tensor) or not self._sizes[node]:
+        if draws(node) or not isinstance(value, torch.Tensor) or not self._sizes[node]:
             return nullcontext()  # what draws has to move on the source of random numbers
         return Known(node.target, value)
 

@@ -18,6 +18,7 @@ from precision_compiler.graph import (
     insert_call,
     is_cast,
     is_view,
+    made_by,
     root_of,
     shape_of,
     uses_past_movement,
@@ -62,7 +63,7 @@ class PlaceKernels:
         readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for call in graph.find_nodes(op="call_function", target=packing.block_operand):
             if call.args[1] == "mxfp8":
-                readers[_made(call.args[0])].append(call)
+                readers[made_by(call.args[0])].append(call)
         reasons = Counter(
             _place(graph, made, calls, unit.architecture) for made, calls in readers.items()
         )
@@ -129,15 +130,6 @@ def _stored(node: fx.Node) -> fx.Node:
     if isinstance(source, fx.Node) and value is not None and value.dtype in SIXTEEN_BITS:
         return source
     return root
-
-
-def _made(operand: fx.Node) -> fx.Node:
-    """What computes an operand, past views and roundings."""
-    node = root_of(operand)
-    while is_cast(node):
-        assert isinstance(node.args[0], fx.Node)
-        node = root_of(node.args[0])
-    return node
 
 
 def _matrix(made: fx.Node) -> tuple[int, int]:

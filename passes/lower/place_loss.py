@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from operator import getitem
 from typing import ClassVar
 
@@ -10,7 +10,15 @@ import torch
 from torch import fx
 
 from precision_compiler.facts import NodeFacts, facts_of, set_facts
-from precision_compiler.graph import aten, insert_call, is_cast, is_view, shape_of, value_of
+from precision_compiler.graph import (
+    aten,
+    insert_call,
+    is_cast,
+    is_view,
+    made_by,
+    shape_of,
+    value_of,
+)
 from precision_compiler.kernels import supports
 from precision_compiler.kernels.cross_entropy import CHUNK
 from precision_compiler.lowering.cross_entropy import CrossEntropy, cross_entropies
@@ -75,21 +83,22 @@ def _products(loss: CrossEntropy) -> _Products | str:
     """The products, or why the kernel cannot take their place."""
     chain = list(_to_product(loss.logits))
     forward = chain[-1]
-    if forward.target is not aten.mm.default:
+    if forward.target is not aten.mm.default or len(forward.all_input_nodes) != 2:
         return "its logits are no plain product of two 16-bit matrices"
     known = {*chain, *loss.inside}
     if any(user not in known for node in known - {loss.loss, loss.change} for user in node.users):
         return "something else reads its logits, which are stored for that anyway"
     readers = list(_readers(loss.change))
-    hidden, weight = (_origin(argument) for argument in forward.args)
+    hidden, weight = (made_by(argument) for argument in forward.all_input_nodes)
     tokens = shape_of(forward)[0]
     found: dict[bool, fx.Node] = {}
     for reader in readers:
-        others = {_origin(argument) for argument in reader.args if isinstance(argument, fx.Node)}
+        others = {made_by(argument) for argument in reader.all_input_nodes}
         is_hidden = shape_of(reader)[0] == tokens and weight in others
         if reader.target is aten.mm.default and (is_hidden or hidden in others):
             found[is_hidden] = reader
-    if len(readers) != 2 or len(found) != 2:
+    whole = len(found) == 2 and shape_of(found[True]) == shape_of(forward.all_input_nodes[0])
+    if len(readers) != 2 or not whole:
         return "its gradient is not read by two plain products, of the weight and of its input"
     products = _Products(forward, found[True], found[False])
     every = (products.forward, products.hidden_grad, products.weight_grad)
@@ -102,13 +111,15 @@ def _to_product(logits: fx.Node) -> Iterator[fx.Node]:
     """From logits up to what computes them, through roundings and views in the same order."""
     yield logits
     parent = logits.args[0] if is_cast(logits) or is_view(logits) else None
-    if isinstance(parent, fx.Node) and _lies_in_rows(logits) and _lies_in_rows(parent):
+    if isinstance(parent, fx.Node) and _same_rows(logits, parent):
         yield from _to_product(parent)
 
 
-def _lies_in_rows(node: fx.Node) -> bool:
-    value = value_of(node)
-    return value is not None and value.is_contiguous()
+def _same_rows(view: fx.Node, source: fx.Node) -> bool:
+    """Whether two tensors hold the same elements in the same order: a slice holds fewer."""
+    values = [value_of(view), value_of(source)]
+    in_rows = all(value is not None and value.is_contiguous() for value in values)
+    return in_rows and prod(shape_of(view)) == prod(shape_of(source))
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
@@ -118,15 +129,6 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
             yield from _readers(user)
         else:
             yield user
-
-
-def _origin(argument: object) -> fx.Node:
-    """What an operand shows, past roundings and views."""
-    assert isinstance(argument, fx.Node)
-    while is_cast(argument) or is_view(argument):
-        argument = argument.args[0]
-        assert isinstance(argument, fx.Node)
-    return argument
 
 
 def _is_bf16(product: fx.Node) -> bool:
