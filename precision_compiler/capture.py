@@ -18,6 +18,7 @@ from precision_compiler.calling import (
     unbroken_by_logging,
 )
 from precision_compiler.errors import AnalysisError, CaptureError
+from precision_compiler.heap import rarely_collected
 from precision_compiler.joint import JointGraph, trace_joint
 from precision_compiler.paper import has_no_weights, on_paper
 
@@ -179,7 +180,7 @@ class _Recorder:
     def trace(self, batch: Any) -> JointGraph:
         """The joint graph of the model on a batch, traced only if its shapes are new."""
         self.ran = None
-        with clear_errors():
+        with clear_errors(), rarely_collected():
             self.run(batch, None)
         if self.ran is None:
             raise CaptureError("the model runs no tensor operation on this batch")

@@ -8,6 +8,7 @@ from typing import ClassVar
 from precision_compiler.errors import InternalError
 from precision_compiler.flags import Flag
 from precision_compiler.formats import CHOICES, Format
+from precision_compiler.links import Links
 from precision_compiler.observation import update_loss
 from precision_compiler.origin import constant_copies
 from precision_compiler.pipeline import Numerics, Unit
@@ -72,7 +73,7 @@ class RaiseFlags:
             raise InternalError("raise-flags ran without statistics")
         constants = constant_copies(unit.joint.module.graph, unit.joint.parameters)
         for site in unit.joint.sites:
-            tensors = list(_tensors(unit.statistics, site.name, site.kind))
+            tensors = list(_tensors(unit.statistics, unit.links, site.name, site.kind))
             rules = replace(self, margin=0, growth=inf) if site.node in constants else self
             for name in unit.formats_for(site.kind):
                 unit.flags += rules._of_site(site.name, tensors, CHOICES[name])
@@ -230,9 +231,9 @@ def _of_updates(unit: Unit) -> Iterator[Flag]:
         yield Flag("update-swamping", "", _WEIGHTS.name, sentence, numbers, False)
 
 
-def _tensors(statistics: Statistics, site: str, kind: str) -> Iterator[Sensitivity]:
+def _tensors(statistics: Statistics, links: Links, site: str, kind: str) -> Iterator[Sensitivity]:
     if kind == "storage":
         yield statistics.stores[site]
         return
-    yield from (found for (name, _), found in statistics.operands.items() if name == site)
+    yield from (statistics.operands[site, link.argument] for link in links.reads_of(site))
     yield from statistics.internals.get(site, ())

@@ -1,5 +1,6 @@
 """Freed memory is at hand again inside, and returned after."""
 
+import gc
 import platform
 import resource
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from precision_compiler.heap import SpareMemory, freed_memory_kept
+from precision_compiler.heap import SpareMemory, freed_memory_kept, rarely_collected
 
 ELEMENTS = 7 << 20  # 28 MiB: four of them are more than glibc ever keeps by itself
 GLIBC = platform.libc_ver()[0] == "glibc"
@@ -61,3 +62,31 @@ def test_spare_memory_goes_back_where_it_is_more_than_a_share_of_what_was_in_use
 def test_an_error_inside_comes_out() -> None:
     with pytest.raises(ZeroDivisionError), freed_memory_kept():
         1 / 0  # noqa: B018
+
+
+def test_garbage_collection_is_rarer_inside_and_as_before_after() -> None:
+    before = gc.get_threshold()
+    with rarely_collected():
+        inside = gc.get_threshold()
+        with rarely_collected():
+            assert gc.get_threshold() == inside
+        assert gc.get_threshold() == inside
+    assert all(new > old for new, old in zip(inside, before, strict=True))
+    assert gc.get_threshold() == before
+
+
+def test_garbage_collection_thresholds_return_after_an_error() -> None:
+    before = gc.get_threshold()
+    with pytest.raises(ValueError, match="inside"), rarely_collected():
+        raise ValueError("inside")
+    assert gc.get_threshold() == before
+
+
+def test_a_user_that_turned_collection_off_keeps_it_off() -> None:
+    before = gc.get_threshold()
+    gc.disable()
+    try:
+        with rarely_collected():
+            assert not gc.isenabled() and gc.get_threshold() == before
+    finally:
+        gc.enable()
