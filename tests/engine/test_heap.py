@@ -87,6 +87,7 @@ def test_a_user_that_turned_collection_off_keeps_it_off() -> None:
     gc.disable()
     try:
         with rarely_collected():
-            assert not gc.isenabled() and gc.get_threshold() == before
+            assert not gc.isenabled()
+            assert gc.get_threshold() == before
     finally:
         gc.enable()
