@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from precision_compiler.graph import contraction_rule, is_movement
-from precision_compiler.observation import sampled
+from precision_compiler.sampling import sampled
 
 _LONGEST_CONE = 12  # operations; what computes more than this does not just move bits
 _LOOKED_UP, _FEW = 256, 4  # elements looked up to tell whether bits were only moved

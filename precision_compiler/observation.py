@@ -1,13 +1,14 @@
 """Look at a tensor as it passes: a sample of its elements, and what rounding makes of them."""
 
 from collections.abc import Iterable, Mapping
-from functools import cached_property, lru_cache
-from math import gcd, isfinite, prod
+from functools import cached_property
+from math import isfinite
 
 import numpy as np
 import torch
 
 from precision_compiler.formats import FORMATS, Format, largest_magnitude, quantised
+from precision_compiler.sampling import SAMPLE, sampled
 from precision_compiler.statistics import (
     COHERENT,
     EXPONENTS,
@@ -16,83 +17,6 @@ from precision_compiler.statistics import (
     Sensitivity,
     unweighted,
 )
-
-SAMPLE = 1 << 14
-"""Elements of a tensor that are looked at, at the most; larger tensors are sampled evenly.
-
-The error that follows is good to about 1 % where all elements carry it, 4 % where a tenth do and
-13 % where a hundredth do (standard deviations over 60 draws of normal numbers). Reading all
-elements of all weights would cost more than the differentiation.
-"""
-
-GLANCE = 1 << 12
-"""The same for tensors that only their range is asked of."""
-
-
-@lru_cache(maxsize=512)
-def _step(size: int, most: int) -> int:
-    """Distance of sampled elements.
-
-    It has no factor of the size, so that it falls into step with no dimension of the tensor.
-    """
-    step = -(-size // most)
-    while gcd(step, size) > 1:
-        step += 1
-    return step
-
-
-@lru_cache(maxsize=512)
-def _indices(shape: tuple[int, ...], step: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    return torch.unravel_index(torch.arange(0, prod(shape), step, device=device), shape)
-
-
-def sampled(values: torch.Tensor, most: int = SAMPLE) -> torch.Tensor:
-    """A tensor's elements in one row; evenly spaced ones, ``most`` at most, of a larger tensor."""
-    still = values.detach()
-    step = _step(still.numel(), most) if still.numel() > most else 1
-    if step == 1 or still.is_contiguous():
-        return still.reshape(-1)[::step].contiguous()
-    return still[_indices(tuple(still.shape), step, still.device)]
-
-
-def sampled_places(
-    root: torch.Tensor, shown: torch.Tensor, most: int = SAMPLE
-) -> tuple[torch.Tensor, ...] | None:
-    """Where the elements that ``sampled(root)`` picks lie in a view of all of the tensor.
-
-    Args:
-        root: the tensor.
-        shown: a view of it, its dimensions permuted, split or joined.
-        most: as for ``sampled``.
-
-    Returns:
-        Index tensors, one for each dimension of the view; None where it is a copy, or does not
-        show every element once.
-    """
-    same = root.untyped_storage().data_ptr() == shown.untyped_storage().data_ptr()
-    if not same or root.numel() != shown.numel() or not (_is_dense(root) and _is_dense(shown)):
-        return None
-    step = _step(root.numel(), most) if root.numel() > most else 1
-    places = _indices(tuple(root.shape), step, root.device)
-    pairs = zip(places, root.stride(), strict=True)
-    offset = sum(place * stride for place, stride in pairs)
-    if not isinstance(offset, torch.Tensor):
-        return None  # a single number has no dimensions
-    return tuple(
-        (offset // stride) % size if size > 1 else torch.zeros_like(offset)
-        for size, stride in zip(shown.shape, shown.stride(), strict=True)
-    )
-
-
-def _is_dense(x: torch.Tensor) -> bool:
-    """Whether the elements fill a stretch of memory, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
 
 
 def binades(row: torch.Tensor) -> torch.Tensor:

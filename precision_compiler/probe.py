@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -23,10 +24,11 @@ from precision_compiler.graph import (
 )
 from precision_compiler.joint import JointGraph
 from precision_compiler.links import Links
-from precision_compiler.observation import GLANCE, insensitive, sampled, sampled_places
+from precision_compiler.observation import insensitive
+from precision_compiler.operand_errors import OperandErrors
 from precision_compiler.replay import execute
 from precision_compiler.running_sums import Summed, one_way_terms, summed
-from precision_compiler.scaled import operand_errors
+from precision_compiler.sampling import GLANCE, sampled, sampled_places
 from precision_compiler.scaling import SCALED_FORMATS, reason_against_recipe
 from precision_compiler.sites import provenance_of
 from precision_compiler.statistics import (
@@ -73,7 +75,7 @@ class Probe:
         self._links, self._provenance = links, provenance_of(graph, joint.parameters)
         self.formats = [fmt for fmt in formats if not fmt.by_axis]
         self.metric = 0
-        self._blocks = [fmt for fmt in formats if fmt.by_axis]
+        self._blocks = sorted((fmt for fmt in formats if fmt.by_axis), key=_block_size)
         self._block_errors: dict[Edge, dict[str, torch.Tensor]] = {}
         self._accumulators = accumulators or {}
         self._summed: dict[fx.Node, Summed] = {}
@@ -209,24 +211,27 @@ class Probe:
         rule, (root, *views) = contraction_rule(node), chain
         if not self._blocks or rule is None or index not in rule.operands:
             return {}
-        with torch.enable_grad():
-            leaf = values(root).detach().requires_grad_()
-            operand = _shown(leaf, root, views, values)
-        still, axis, found = operand.detach(), -1 if index == rule.operands[0] else -2, {}
+        leaf = values(root).detach()
+        still = _shown(leaf, root, views, values)
+        axis, found = -1 if index == rule.operands[0] else -2, {}
         role = self._links.contractions[self._sites[node]].role
         content = self._provenance.content(root)
-        places = sampled_places(leaf.detach(), still)
+        places = sampled_places(leaf, still)
+        few = None if places is None else OperandErrors(still, places, axis, content)
         for fmt in self._blocks:
             if reason_against_recipe(fmt.name, role, still.shape[axis]):
                 continue
             dice, how = torch.Generator(still.device), SCALED_FORMATS[fmt.name]
             dice.manual_seed(len(self._block_errors))
-            if places is not None and not how.rotated:
-                found[fmt.name] = operand_errors(still, places, how, axis, content, dice)
+            if few is not None and not how.rotated:
+                found[fmt.name] = few.of(how, dice)
                 continue
             error = quantised(still, fmt, None, axis, content, dice) - still
+            with torch.enable_grad():
+                moving = leaf.detach().requires_grad_()
+                operand = _shown(moving, root, views, values)
             # The derivative of a view puts its elements back where they lie in the root.
-            (moved,) = torch.autograd.grad(operand, leaf, error, retain_graph=True)
+            (moved,) = torch.autograd.grad(operand, moving, error)
             found[fmt.name] = sampled(moved).clone()
         return found
 
@@ -289,6 +294,11 @@ class Probe:
         cone = self._cones.get(node)
         if cone is not None and cone.is_exact(value, values):
             self.exact[self._stored[node]] = tuple(self._stored[one] for one in cone.sources)
+
+
+def _block_size(fmt: Format) -> float:
+    """Elements along the sum that share a scale: from small blocks, larger ones are made."""
+    return SCALED_FORMATS[fmt.name].scaling.size or inf
 
 
 def _chain(argument: fx.Node, root: fx.Node) -> list[fx.Node]:

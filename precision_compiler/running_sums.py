@@ -15,8 +15,8 @@ from precision_compiler.accumulation import (
     same_sign_terms,
 )
 from precision_compiler.graph import contraction_rule
-from precision_compiler.observation import sampled
 from precision_compiler.replay import execute
+from precision_compiler.sampling import sampled
 from precision_compiler.statistics import Accumulated
 
 

@@ -188,32 +188,34 @@ def _rounding(how: ScaledFormat, content: Content) -> Rounding:
     return how.gradients if content == "gradient" else "nearest"
 
 
-def operand_errors(
+def block_sizes(x: torch.Tensor, scaling: Scaling, axis: int) -> tuple[int, ...]:
+    """Elements along each dimension that share a scale: 1 where blocks do not extend.
+
+    Raises:
+        FormatError: as ``quantise``.
+    """
+    cut = _cut_of(x, scaling, axis)
+    sizes = dict(zip(cut.axes, cut.sizes, strict=True))
+    return tuple(sizes.get(dimension, 1) for dimension in range(x.dim()))
+
+
+def elements_under(
     x: torch.Tensor,
-    places: tuple[torch.Tensor, ...],
+    scales: Scales,
     how: ScaledFormat,
-    axis: int,
     content: Content,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """``rounded_operand(x, ...) - x`` at some places, without rounding anything else.
+    """Numbers rounded to the elements of a recipe under known scales, in a new tensor.
 
     Args:
-        x: float32, any shape.
-        places: index tensors of one length, one for each dimension of ``x``.
-        how: format or recipe; not one that rotates.
-        axis: that the product sums over.
-        content: what the operand is.
+        x: float32.
+        scales: of every element, or of shapes that broadcast to ``x``.
+        how: format or recipe.
+        content: what the numbers are.
         generator: source of randomness of stochastic rounding; None: torch's own.
     """
-    cut = _cut_of(x, how.scaling_of(content), axis)
-    scales = _scales(cut.split(x), how.element, how.scaling_of(content), cut)
-    sizes = dict(zip(cut.axes, cut.sizes, strict=True))
-    block = tuple(place // sizes.get(number, 1) for number, place in enumerate(places))
-    encode, shared = (_squeezed(one, cut)[block] for one in (scales.encode, scales.block))
-    numbers, own = x[places], Scales(encode, shared, scales.tensor)
-    made = _elements(numbers, own, how.element, _rounding(how, content), generator)
-    return made.mul_(own.decode).sub_(numbers)
+    return _elements(x, scales, how.element, _rounding(how, content), generator)
 
 
 def _squeezed(scales: torch.Tensor, cut: _Cut) -> torch.Tensor:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from precision_compiler.formats import Format
-from precision_compiler.observation import Observation, binades, binned, sampled
+from precision_compiler.observation import Observation, binades, binned
+from precision_compiler.sampling import sampled
 from precision_compiler.statistics import (
     METRICS,
     Correlation,

@@ -17,12 +17,12 @@ from precision_compiler.export.operand_rounding import prepare_rounding
 from precision_compiler.formats import CHOICES, FORMATS, choice_named, quantised
 from precision_compiler.graph import root_of
 from precision_compiler.lowering.relocate import on_gpu
-from precision_compiler.observation import sampled, sampled_places
+from precision_compiler.operand_errors import OperandErrors
 from precision_compiler.passes.lower.emulate_formats import EmulateFormats
 from precision_compiler.passes.lower.lower_contractions import LowerContractions
 from precision_compiler.passes.rewrite.insert_casts import InsertCasts
 from precision_compiler.pipeline import Pipeline
-from precision_compiler.scaled import operand_errors
+from precision_compiler.sampling import sampled, sampled_places
 from precision_compiler.scaling import (
     RECIPES,
     SCALED_FORMATS,
@@ -240,10 +240,13 @@ def test_errors_of_a_sample_are_those_of_the_whole(name: str, content: Content) 
             places = sampled_places(root, shown, 500)
             assert places is not None
             how = SCALED_FORMATS[name]
-            found = operand_errors(shown, places, how, axis, content)
+            few = OperandErrors(shown, places, axis, content)
+            few.of(SCALED_FORMATS["nvfp4"])  # whose small blocks larger ones are then made of
+            found = few.of(how)
             whole = quantised(shown, choice_named(name), axis=axis, content=content) - shown
-            assert torch.equal(found, whole[places])
-            assert torch.equal(sampled(root, 500), shown[places])
+            assert torch.equal(found, whole[places.coordinates])
+            assert torch.equal(sampled(root, 500), shown[places.coordinates])
+            assert torch.equal(places.of(shown), shown[places.coordinates])
 
 
 def test_a_copy_or_a_part_has_no_places() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from precision_compiler.formats import FORMATS, quantised, ulp
-from precision_compiler.observation import SAMPLE, Observation, insensitive, sampled, sensitivity_of
+from precision_compiler.observation import Observation, insensitive, sensitivity_of
+from precision_compiler.sampling import SAMPLE, sampled
 from precision_compiler.statistics import COHERENT
 
 BF16, E4M3 = FORMATS["bf16"], FORMATS["e4m3"]
