@@ -58,6 +58,7 @@ BUDGETS: tuple[float | str, ...] = ("autocast", "auto", 0.02, 0.05, 0.1)
 INVALIDATING = ("overflow", "flush", "underflow", "coherent", "invalid")
 SHARE = 0.5
 STAGES = ("single", "random", "lawless", "fixed_count", "plans", "selection")
+PEAKS = ("train", "differentiate", "analyse")
 MARKS = {"random": "o", "fixed_count": "s", "lawless": "x", "plans": "*"}
 
 
@@ -372,18 +373,29 @@ def _operation(name: str) -> str:
 
 
 def memory_of(name: str) -> dict[str, float]:
-    """Peak memory that training and analysis add to a process, each in a process of its own."""
+    """Peak memory that training and analysis add to a process, each in a process of its own.
+
+    Training with AdamW, and forward and backward alone.
+    """
     found = {}
-    for what in ("train", "analyse"):
+    for what in PEAKS:
         command = [sys.executable, __file__, "--peak-of", what, "--models", name]
         result = subprocess.run(command, check=True, capture_output=True, text=True)
         found[f"{what}_peak_bytes"] = float(result.stdout.strip().splitlines()[-1])
-    found["memory_over_training"] = found["analyse_peak_bytes"] / found["train_peak_bytes"]
+    analysis = found["analyse_peak_bytes"]
+    found["memory_over_training"] = analysis / found["train_peak_bytes"]
+    found["memory_over_forward_backward"] = analysis / found["differentiate_peak_bytes"]
     return found
 
 
 def print_peak(what: str, name: str) -> None:
-    """Print how much the process grows above its imports while training or analysing once."""
+    """Print how much the process grows above its imports while it does one of three things.
+
+    Args:
+        what: "train" (two steps of AdamW, the first of which makes its moments),
+            "differentiate" (forward and backward) or "analyse".
+        name: of the model.
+    """
     before = _memory("VmRSS")
     example = MODELS[name]()
     batch = next(example.batches(0))
@@ -393,11 +405,18 @@ def print_peak(what: str, name: str) -> None:
         target = target_named(COMPUTE_BOUND)
         unit = Unit(captured.joint.copy(), target, Budget.parse(1.0), Journal(), captured)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading and capturing
-    if what == "train":
-        kept = captured.gradients(batch)
-        assert kept
-    else:
+    if what == "analyse":
         MeasureSensitivity().run(unit)
+    elif what == "differentiate":
+        assert captured.gradients(batch)
+    else:
+        weights = [weight for weight in example.model.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(weights)
+        for _ in range(2):
+            for weight, gradient in zip(weights, captured.gradients(batch), strict=True):
+                weight.grad = gradient
+            optimizer.step()
+            optimizer.zero_grad()
     print(_memory("VmHWM") - before)
 
 
@@ -451,7 +470,7 @@ def main() -> None:
         "--only-cost", action="store_true",
         help="measure time and memory of the analysis anew, in a file that has the rest",
     )  # fmt: skip
-    parser.add_argument("--peak-of", choices=("train", "analyse"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak-of", choices=PEAKS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak_of:
         print_peak(options.peak_of, options.models[0])

@@ -73,7 +73,8 @@ def make_plan(
             first steps are unlike all later ones; 50 is a good number for one that starts from
             random weights.
         memory: bytes the analysis may keep beside the values that cross between parts of the
-            graph; with more of them, fewer parts are run twice. None by default.
+            graph; with more of them, fewer parts are run twice. By default as many as the
+            moments of AdamW take, which training needs anyway.
         activation_memory: largest number of bytes that a step may keep from its forward to its
             backward pass, such as 4e10 or "40GB".
         sibling: plan of a smaller model of the same kind, to take the errors from instead of

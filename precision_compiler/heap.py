@@ -69,16 +69,17 @@ class SpareMemory:
     much is let be beside the most that was in use; on Linux with glibc only.
     """
 
-    def __init__(self, share: float = 0.05) -> None:
+    def __init__(self, share: float = 0.15, expected: float = 0.0) -> None:
         """Begin.
 
         Args:
             share: of the memory in use, bytes over bytes: what may lie idle.
+            expected: bytes beside those in use now that the program will need in any case.
         """
-        self._share, self._most = share, 0
         library = _glibc()
         if library:
             library.malloc_trim(0)
+        self._share, self._most = share, _bytes_in_use() + expected
         self._beside = max(0, _resident_bytes() - _bytes_in_use())
 
     def trim(self) -> None:

@@ -52,7 +52,8 @@ class Unit:
         calibration: further batches of the same model, to average over.
         statistics: what calibration measured.
         learning_rate: of the training, if it is known.
-        memory: bytes the analysis may keep of what autograd saves; None for none.
+        memory: bytes the analysis may keep of what autograd saves; None: as many as AdamW's
+            moments take.
         most_bytes: limit on what a step keeps from the forward to the backward pass.
         overrides: formats that the user insists on, by glob over site names.
         flags: what may go wrong.

@@ -43,7 +43,14 @@ class Runner(Protocol):
 class Tape:
     """One run of a joint graph, and derivatives of it for several objectives at once."""
 
-    def __init__(self, captured: Captured, runner: Runner, memory: float, seed: int = 0) -> None:
+    def __init__(
+        self,
+        captured: Captured,
+        runner: Runner,
+        memory: float,
+        seed: int = 0,
+        roughly: bool = False,
+    ) -> None:
         """Cut the graph.
 
         Args:
@@ -51,8 +58,11 @@ class Tape:
             runner: runs the nodes.
             memory: bytes that autograd may keep, about.
             seed: of random operations; a chunk that runs twice draws the same numbers.
+            roughly: whether derivatives, not values, may be off by a few per cent where that
+                makes them faster.
         """
         self.captured, self.runner, self.seed = captured, runner, seed
+        self._roughly = roughly
         graph, joint = captured.joint.module.graph, captured.joint
         self.primals, self.tangents = primals_and_tangents(graph)
         results = graph.output_node().args[0]
@@ -73,7 +83,7 @@ class Tape:
         self.kept = affordable(self.chunks, memory)
         self._connect()
         self.values: dict[fx.Node, Any] = {}
-        self._heap = SpareMemory()
+        self._heap = SpareMemory(expected=memory)
         self._objective: tuple[list[Any], list[torch.Tensor], torch.Tensor] | None = None
 
     @property
@@ -232,7 +242,7 @@ class Tape:
                 (chunk.made[node], known.take(node)) for node in chunk.gives if node in known
             ]
             arrived(name)
-            found = derivatives(outputs, inputs, retain=name != active[-1])
+            found = derivatives(outputs, inputs, name != active[-1], self._roughly)
             for node, value in zip(chunk.leaves, found, strict=False):
                 if value is not None:
                     known.add(node, value)

@@ -54,8 +54,11 @@ class MeasureSensitivity:
        every matrix product give its error.
     8. The gradient's noise between mini-batches is estimated where the budget depends on it.
     9. In an inference graph the outputs take the place of the gradients; there is no loss.
-    10. Several batches are averaged. Parts of the graph whose intermediate values autograd cannot
-       keep within the unit's memory are run twice: all of them, if it says nothing.
+    10. What these derivatives multiply may be rounded to bf16 or tf32 where the hardware is
+       faster then: they are needed to a few per cent. Values are computed in float32.
+    11. Several batches are averaged. Parts of the graph whose intermediate values autograd cannot
+       keep within the unit's memory are run twice. If it says nothing, they may take as much as
+       AdamW's moments, which training takes anyway.
 
     Attributes:
         seed: of the signs v and of random operations.
@@ -76,7 +79,7 @@ class MeasureSensitivity:
         if unit.captured is None:
             raise InternalError("analysis needs the captured graph with its inputs")
         formats = [CHOICES[name] for name in unit.target.choices if name not in ("fp32", "tf32")]
-        memory = 0.0 if unit.memory is None else unit.memory
+        memory = _moments(unit.joint) if unit.memory is None else unit.memory
         accumulators = {
             name: Accumulator(CHOICES[rate.accumulate], rate.accumulate_every)
             for name in unit.target.choices
@@ -88,7 +91,7 @@ class MeasureSensitivity:
             same = captured.joint.module is unit.captured.joint.module
             links = unit.links if same else find_links(captured.joint)
             probe = Probe(captured.joint, links, formats, accumulators)
-            tape = Tape(captured, probe, memory, self.seed + index)
+            tape = Tape(captured, probe, memory, self.seed + index, roughly=True)
             noise = [tensor.noise for tensor in found[0].tensors] if found else None
             with freed_memory_kept():
                 summed = sums if unit.calibration and unit.budget.needs_noise else None
@@ -130,6 +133,11 @@ class MeasureSensitivity:
             probe.finish_rest()
         tensors = _with_float32_noise(tape.captured, tensors, doubtful)
         return probe.statistics(norm, float(loss), tensors)
+
+
+def _moments(joint: JointGraph) -> float:
+    """Bytes of AdamW's two moments of all parameters."""
+    return 2.0 * sum(value.nbytes for value in joint.parameter_values.values())
 
 
 def _useless(norm: float, inference: bool) -> str:
