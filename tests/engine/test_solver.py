@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from precision_compiler.composed import Composed
 from precision_compiler.errors import BudgetError
 from precision_compiler.parts import split
-from precision_compiler.problem import Problem
+from precision_compiler.problem import Problem, Solution
 from precision_compiler.solver import solve, solve_whole
 from tests.passes.assign.test_choose_formats import PARTS, fitting, small_problem, trusted
 from tests.random_problems import (
@@ -221,3 +221,27 @@ def test_of_formats_that_take_the_same_time_the_more_accurate_one_is_taken() -> 
     found = solve(even, 1.0, GAP)
     assert found.error == 0.0
     assert found.seconds == plain_seconds(even, found.assignment)
+
+
+@pytest.mark.parametrize(("short_of", "most"), [(5e-3, 1.0), (5e-2, 60.0)])
+def test_a_large_problem_that_is_nearly_proven_takes_no_longer_than_it_took_so_far(
+    monkeypatch: pytest.MonkeyPatch, short_of: float, most: float
+) -> None:
+    given, problem = list[float](), small_problem()
+    budget = fitting(problem, 0.5)
+    exact = solve_whole(problem, budget**2, 0.0, 10.0)
+    assert exact is not None
+
+    def short(_self: Composed, *_args: object) -> Solution:
+        return replace(exact, bound=exact.seconds * (1 - short_of), gap=short_of)
+
+    def whole(_problem: Problem, _limit: float, _gap: float, seconds: float) -> Solution:
+        given.append(seconds)
+        return exact
+
+    monkeypatch.setattr("precision_compiler.solver.FEW", 0)
+    monkeypatch.setattr("precision_compiler.solver.MANY", 0)
+    monkeypatch.setattr(Composed, "solve", short)
+    monkeypatch.setattr("precision_compiler.solver.solve_whole", whole)
+    assert solve(problem, budget, GAP, 60.0).gap <= GAP
+    assert given[0] == pytest.approx(most, abs=0.9)
