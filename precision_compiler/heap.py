@@ -47,9 +47,9 @@ def _glibc() -> ctypes.CDLL | None:
 def rarely_collected() -> Iterator[None]:
     """Have Python look for garbage less often.
 
-    Each full collection walks through all nodes of a graph that grows: a tenth of the time that
-    tracing a model of a hundred layers takes, and more with every layer. What only a collection
-    frees is small here, since graphs are traced without contents.
+    Each full collection walks through all nodes of all graphs: a tenth of the time that tracing a
+    model of a hundred layers takes, and more with every layer. Only collections free what refers
+    to itself: nodes and formulas do, tensors with contents do not here.
     """
     before = gc.get_threshold()
     if not gc.isenabled() or before[0] >= _RARELY[0]:

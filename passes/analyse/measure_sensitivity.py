@@ -12,7 +12,7 @@ from precision_compiler.accumulation import Accumulator
 from precision_compiler.capture import Captured
 from precision_compiler.errors import AnalysisError, InternalError
 from precision_compiler.formats import CHOICES
-from precision_compiler.heap import freed_memory_kept
+from precision_compiler.heap import freed_memory_kept, rarely_collected
 from precision_compiler.joint import JointGraph
 from precision_compiler.links import find_links
 from precision_compiler.noise import GradientSums, Noise, batch_noise, noise_of_parts
@@ -90,10 +90,10 @@ class MeasureSensitivity:
         for index, captured in enumerate((unit.captured, *unit.calibration)):
             same = captured.joint.module is unit.captured.joint.module
             links = unit.links if same else find_links(captured.joint)
-            probe = Probe(captured.joint, links, formats, accumulators)
-            tape = Tape(captured, probe, memory, self.seed + index, roughly=True)
             noise = [tensor.noise for tensor in found[0].tensors] if found else None
-            with freed_memory_kept():
+            with freed_memory_kept(), rarely_collected():
+                probe = Probe(captured.joint, links, formats, accumulators)
+                tape = Tape(captured, probe, memory, self.seed + index, roughly=True)
                 summed = sums if unit.calibration and unit.budget.needs_noise else None
                 found.append(self._probed(tape, probe, self.seed + index, noise, summed))
         mean = averaged(found)
