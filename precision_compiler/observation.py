@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from math import isfinite
+from math import isfinite, log
 
 import numpy as np
 import torch
@@ -101,11 +101,15 @@ class Observation:
         sums, variances = (errors @ wide).tolist(), (squares @ wide.square()).tolist()
         for name, total, variance in zip(names, sums, variances, strict=True):
             signed = total * total
-            # Errors that agree grow with the number of elements, others with its root.
-            agree = signed > COHERENT**2 * variance
-            scale = self.scale**2 if agree else self.scale
+            # Errors that agree grow with the number of elements, others with its root. By chance
+            # a sample's ratio exceeds t with a probability of about exp(-t^2 / 2), so as much more
+            # is asked of samples as makes up for the factor that is at stake.
+            if signed > (COHERENT**2 + 2 * log(max(1.0, self.scale))) * variance:
+                signed *= self.scale
+            else:
+                signed = min(signed, COHERENT**2 * variance)
             if isfinite(signed + variance):  # an overflow is a flag's business, not a number
-                found[name] = Measured(variance * self.scale, signed * scale)
+                found[name] = Measured(variance * self.scale, signed * self.scale)
         return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from precision_compiler.formats import FORMATS, quantised, ulp
 from precision_compiler.observation import Observation, insensitive, sensitivity_of
 from precision_compiler.sampling import SAMPLE, sampled
-from precision_compiler.statistics import COHERENT
+from precision_compiler.statistics import COHERENT, METRICS, Sensitivity
 
 BF16, E4M3 = FORMATS["bf16"], FORMATS["e4m3"]
 
@@ -88,6 +88,18 @@ def test_equal_errors_of_a_constant_tensor_add_up(count: int) -> None:
     assert found.variance(BF16) == pytest.approx(exact, rel=1e-3)
     if count <= SAMPLE:
         assert found.signed_ratio(BF16) == pytest.approx(count**0.5)
+
+
+def test_chance_agreement_of_a_sample_does_not_raise_the_mean_prediction() -> None:
+    ratios = []
+    for seed in range(3000):
+        values, adjoint = normal(seed, 64 * 33)
+        seen, row = Observation(values, [E4M3], most=64), sampled(adjoint, 64)
+        weight = np.repeat(seen.weight(row)[None], len(METRICS), axis=0)
+        found = Sensitivity(weight, seen.amax, seen.count, seen.size, seen.measured(row))
+        real = adjoint.double() * (quantised(values, E4M3).double() - values.double())
+        ratios.append(found.variance(E4M3) / float(real.square().sum()))
+    assert np.mean(ratios) == pytest.approx(1.0, abs=0.1)
 
 
 def test_errors_of_random_tensors_rarely_seem_coherent() -> None:
