@@ -9,6 +9,8 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from precision_compiler.tf32 import float32_products
+
 
 @dataclass
 class Adjoints:
@@ -84,17 +86,14 @@ def derivatives(
 def _fast_products() -> Iterator[None]:
     """Let the hardware round operands of float32 products where that makes it faster.
 
-    To bf16 on CPUs that have such instructions, to tf32 on GPUs. A product is then off by a few
-    tenths of a per cent, a sum of its results that cancel by a few per cent.
+    To bf16 where a CPU multiplies matrices in it (oneDNN keeps float32 elsewhere), to tf32 on
+    GPUs. A product is then off by a few tenths of a per cent, a sum of its results that cancel by
+    a few per cent.
     """
-    cpu: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009
-    gpu = torch.backends.cuda.matmul
-    before = cpu.fp32_precision, gpu.fp32_precision
-    cpu.fp32_precision, gpu.fp32_precision = "bf16", "tf32"
-    try:
+    backends: Any = torch.backends  # which stubs know in part
+    cpu, gpu = backends.mkldnn.matmul, backends.cuda.matmul
+    with float32_products(cpu, "bf16"), float32_products(gpu, "tf32"):
         yield
-    finally:
-        cpu.fp32_precision, gpu.fp32_precision = before
 
 
 def is_float(value: Any) -> bool:

@@ -1,12 +1,13 @@
 """Rounding errors of a few elements of an operand, without rounding all the others."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 
 from precision_compiler.sampling import Places, in_order
 from precision_compiler.scaled import block_sizes, elements_under
-from precision_compiler.scales import Scales, scales_of
+from precision_compiler.scales import Scales, magnitudes, scales_of
 from precision_compiler.scaling import Content, ScaledFormat
 
 
@@ -71,10 +72,7 @@ class OperandErrors:
         return all(size % part == 0 or size >= length for size, part, length in trios)
 
     def _volume(self, sizes: Sequence[int]) -> int:
-        volume = 1
-        for size, length in zip(sizes, self._x.shape, strict=True):
-            volume *= min(size, length)
-        return volume
+        return prod(map(min, sizes, self._x.shape))
 
 
 def _largest_along(x: torch.Tensor, axis: int, size: int) -> torch.Tensor:
@@ -89,13 +87,9 @@ def _largest_along(x: torch.Tensor, axis: int, size: int) -> torch.Tensor:
     if whole:
         shape = (*dense.shape[:along], whole // size, size, *dense.shape[along + 1 :])
         blocks = dense.narrow(along, 0, whole).view(shape)
-        parts.append(_magnitude(blocks, along + 1))
+        parts.append(magnitudes(blocks, (along + 1,)))
     if whole < x.shape[axis]:
         rest = dense.narrow(along, whole, x.shape[axis] - whole)
-        parts.append(_magnitude(rest, along).unsqueeze(along))
+        parts.append(magnitudes(rest, (along,), keepdim=True))
     found = parts[0] if len(parts) == 1 else torch.cat(parts, along)
     return found.permute([order.index(dimension) for dimension in range(x.dim())])
-
-
-def _magnitude(x: torch.Tensor, axis: int) -> torch.Tensor:
-    return torch.maximum(x.amax(axis), x.amin(axis).neg_()).abs_()  # a zero may have got a sign

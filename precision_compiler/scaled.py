@@ -8,7 +8,7 @@ from precision_compiler.elements import Format
 from precision_compiler.errors import FormatError
 from precision_compiler.hadamard import hadamard, inverse_hadamard
 from precision_compiler.rounding import round_in_place, round_stochastically, round_to
-from precision_compiler.scales import Scales, scales_of
+from precision_compiler.scales import Scales, magnitudes, scales_of
 from precision_compiler.scaling import ROTATED, Content, Rounding, ScaledFormat, Scaling
 
 _LARGE = 2.0**64
@@ -243,8 +243,7 @@ def _scales(blocks: torch.Tensor, fmt: Format, scaling: Scaling, cut: _Cut) -> S
     if scaling.granularity == "none":
         amax = blocks.new_ones((1,) * blocks.dim())
     else:
-        highest, lowest = blocks.amax(cut.inside, True), blocks.amin(cut.inside, True)
-        amax = torch.maximum(highest, -lowest).abs()  # a zero may have got a sign
+        amax = magnitudes(blocks, cut.inside, keepdim=True)
     return scales_of(amax, fmt, scaling)
 
 

@@ -33,6 +33,12 @@ class Scales:
         return self.block * self.tensor
 
 
+def magnitudes(x: torch.Tensor, axes: tuple[int, ...], keepdim: bool = False) -> torch.Tensor:
+    """Largest magnitudes along some axes, NaN where there is one; no copy of ``x`` is made."""
+    highest, lowest = x.amax(axes, keepdim), x.amin(axes, keepdim)
+    return torch.maximum(highest, -lowest).abs()  # a zero may have got a sign
+
+
 def scales_of(amax: torch.Tensor, fmt: Format, scaling: Scaling) -> Scales:
     """Scales for blocks of the given largest magnitudes.
 

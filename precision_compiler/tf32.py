@@ -6,6 +6,7 @@ graph can have products in tf32 beside products in float32.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ def tf32_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     On a device without the mode it is the product in float32.
     """
-    with _tensor_cores():
+    with float32_products(torch.backends.cuda.matmul, "tf32"):
         return a @ b
 
 
@@ -26,13 +27,19 @@ def _(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _tensor_cores() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+def float32_products(backend: Any, precision: str) -> Iterator[None]:
+    """Let a backend round operands of float32 products inside, and set it back after.
+
+    Args:
+        backend: ``torch.backends.cuda.matmul`` or ``torch.backends.mkldnn.matmul``.
+        precision: a format that the backend may round to where the hardware has it.
+    """
+    before = backend.fp32_precision
+    backend.fp32_precision = precision
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        backend.fp32_precision = before
 
 
 TF32_MATMUL = torch.ops.precision_compiler.tf32_matmul.default

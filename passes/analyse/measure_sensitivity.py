@@ -58,7 +58,7 @@ class MeasureSensitivity:
        faster then: they are needed to a few per cent. Values are computed in float32.
     11. Several batches are averaged. Parts of the graph whose intermediate values autograd cannot
        keep within the unit's memory are run twice. If it says nothing, they may take as much as
-       AdamW's moments, which training takes anyway.
+       AdamW's moments, which training takes anyway; in an inference graph all are run twice.
 
     Attributes:
         seed: of the signs v and of random operations.
@@ -136,7 +136,9 @@ class MeasureSensitivity:
 
 
 def _moments(joint: JointGraph) -> float:
-    """Bytes of AdamW's two moments of all parameters."""
+    """Bytes of AdamW's two moments of all parameters; 0 for a graph that nobody trains."""
+    if joint.inference:
+        return 0.0
     return 2.0 * sum(value.nbytes for value in joint.parameter_values.values())
 
 

@@ -1,6 +1,7 @@
 """Capturing: every way to give a batch and a loss, one line for every mistake, no trace left."""
 
 import copy
+import gc
 from collections import UserDict
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,25 @@ from torch.nn import functional as F
 
 from precision_compiler.capture import Captured, capture, capture_inference, captured_alone
 from precision_compiler.errors import CaptureError
+from precision_compiler.joint import trace_joint
 from precision_compiler.replay import gradients_of
 from tests.models import Case, Mlp, Output, captured, dropout, gpt, made
+
+
+def test_a_model_is_traced_with_rare_collections_of_garbage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inside, (model, x, y) = list[tuple[int, int, int]](), mlp_batch()
+
+    def noting(*args: Any) -> Any:
+        inside.append(gc.get_threshold())
+        return trace_joint(*args)
+
+    monkeypatch.setattr("precision_compiler.capture.trace_joint", noting)
+    before = gc.get_threshold()
+    capture(model, (x, y))
+    assert inside[0][0] > before[0]
+    assert gc.get_threshold() == before
 
 
 def loss_of(found: Captured) -> float:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from precision_compiler.adjoints import derivatives
 from precision_compiler.attention import substitutes
 from precision_compiler.capture import Captured
 from precision_compiler.chunks import CHUNKS, Chunk, phases, saved_bytes
@@ -184,13 +185,35 @@ def test_derivatives_are_those_of_autograd_over_the_whole_graph(name: str, memor
 def test_rough_derivatives_are_off_by_a_few_per_cent_and_values_not_at_all(
     name: str, memory: float
 ) -> None:
-    before = torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()
     exact, found = taped(name, memory), differentiated(captured(name), memory, roughly=True)
     assert torch.equal(found.loss, exact.loss)
     assert all(map(torch.equal, found.gradients, exact.gradients))
     assert_close(found.runner.derivatives, exact.runner.derivatives, 0.05, 1e-4)
-    after = torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()
-    assert after == before
+
+
+def modes_of(roughly: bool, fail: bool = False) -> list[str]:
+    """The modes of float32 products, by device, while a derivative is computed."""
+    backends: Any = torch.backends
+    x, seen = torch.ones(2, requires_grad=True), list[str]()
+
+    def note(_gradient: Tensor) -> None:
+        seen.extend(one.matmul.fp32_precision for one in (backends.mkldnn, backends.cuda))
+        if fail:
+            raise ValueError("asked to fail")
+
+    y = x * 2
+    y.register_hook(note)  # type: ignore[no-untyped-call]
+    derivatives([(y, torch.ones(2))], [x], roughly=roughly)
+    return seen
+
+
+def test_only_rough_derivatives_use_fast_products_and_leave_the_modes_as_they_were() -> None:
+    before = modes_of(roughly=False)
+    assert modes_of(roughly=True) == ["bf16", "tf32"] != before
+    assert modes_of(roughly=False) == before
+    with pytest.raises(ValueError, match="asked to fail"):
+        modes_of(roughly=True, fail=True)
+    assert modes_of(roughly=False) == before
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)

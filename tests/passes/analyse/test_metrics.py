@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from precision_compiler.budget import Budget
-from precision_compiler.capture import Captured, capture, captured_alone
+from precision_compiler.capture import Captured, capture, capture_inference, captured_alone
 from precision_compiler.chunks import saved_bytes
 from precision_compiler.formats import FORMATS, ulp
 from precision_compiler.joint import trace_joint
@@ -20,6 +20,7 @@ from precision_compiler.pipeline import Unit
 from precision_compiler.problem import Prices, Problem
 from precision_compiler.replay import execute, gradients_of
 from precision_compiler.statistics import METRICS, Statistics
+from precision_compiler.tape import Tape
 from precision_compiler.verification import Truth
 from tests.helpers import machine
 from tests.models import captured, made
@@ -135,6 +136,29 @@ def test_chunks_that_run_twice_draw_the_same_dropout() -> None:
     whole, little = measured(found, memory=1e15), measured(found, memory=size / 5)
     for key, seen in whole.stores.items():
         assert np.array_equal(seen.weight, little.stores[key].weight)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_without_a_limit_autograd_may_keep_what_the_moments_of_training_take(
+    monkeypatch: pytest.MonkeyPatch, inference: bool
+) -> None:
+    limits = list[float]()
+
+    class Noting(Tape):
+        def __init__(
+            self, captured: Captured, runner: Any, memory: float, *args: Any, **options: Any
+        ):
+            limits.append(memory)
+            super().__init__(captured, runner, memory, *args, **options)
+
+    monkeypatch.setattr("precision_compiler.passes.analyse.measure_sensitivity.Tape", Noting)
+    case, found = made("mlp"), captured("mlp")
+    if inference:
+        found = Captured(capture_inference(case.model, case.batch), lambda f: f()[0].sum(), "")
+    weights = sum(4 * value.numel() for value in case.model.parameters())
+    measured(found)
+    measured(found, memory=7.0)
+    assert limits == [0.0 if inference else 2 * weights, 7.0]
 
 
 def test_no_limit_is_an_infinite_memory() -> None:
