@@ -1,6 +1,6 @@
 """Derivatives on their way from chunk to chunk."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +58,37 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is self._target:
             return self._value.detach()
         return func(*args, **(kwargs or {}))
+
+
+class _Gate(torch.autograd.Function):
+    """Nothing, but for derivatives that do not count: autograd follows those no further."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, least: Callable[[], float]) -> torch.Tensor:
+        ctx.save_for_backward(value)
+        ctx.least = least
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, adjoint: torch.Tensor) -> Any:
+        (value,) = ctx.saved_tensors
+        shown = torch.linalg.vector_norm(adjoint * value)
+        return (adjoint if float(shown) > ctx.least() else None), None
+
+
+def gated(value: torch.Tensor, least: Callable[[], float]) -> torch.Tensor:
+    """The value; derivatives that reach it stop if they are next to nothing.
+
+    Such are those of the maxima that softmax subtracts: they are zero but for rounding, and
+    following them through a large tensor takes as long as the rest of a loss.
+
+    Args:
+        value: a tensor that requires a gradient.
+        least: by how much errors of 100 % in all elements have to change the objective (root of
+            the sum of squares) in order to count; asked for when the derivative arrives.
+    """
+    made: torch.Tensor = _Gate.apply(value, least)  # type: ignore[no-untyped-call]
+    return made
 
 
 def derivatives(

@@ -1,9 +1,10 @@
 """Cut a graph into chunks that autograd can afford to record one by one."""
 
 import itertools
+from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
@@ -108,8 +109,8 @@ class Phase:
     sizes: Mapping[fx.Node, int]
 
     @cached_property
-    def crossing(self) -> list[int]:
-        """After every node, bytes that were computed and are still read, unless kept anyway."""
+    def _spans(self) -> list[tuple[int, int, int]]:
+        """Of everything computed that is not kept anyway: its place, its last reader's, bytes."""
         last: dict[fx.Node, int] = {}
         for node in self.nodes:
             root = root_of(node)
@@ -117,18 +118,23 @@ class Phase:
                 uses = [self._place[user] for user in node.users if user in self._place]
                 last[root] = max([last.get(root, 0), self._place[node], *uses])
         kept = {root_of(node) for node in self.given}
+        found = last.items()
+        return [(self._place[r], end, self.sizes[r]) for r, end in found if r not in kept]
+
+    @cached_property
+    def crossing(self) -> list[int]:
+        """After every node, bytes that were computed and are still read, unless kept anyway."""
         change = [0] * (len(self.nodes) + 1)
-        for root, end in last.items():
-            if root not in kept:
-                change[self._place[root]] += self.sizes[root]
-                change[end] -= self.sizes[root]
+        for place, end, size in self._spans:
+            change[place] += size
+            change[end] -= size
         return list(itertools.accumulate(change))[: len(self.nodes)]
 
     def cut(self, size: int) -> list[Chunk]:
         """Cut where few values cross, so that little has to be kept from chunk to chunk.
 
         Args:
-            size: what autograd saves of a chunk, bytes, at the least; up to twice as much if that
+            size: what autograd saves of a chunk, bytes, at the least; up to three times that if it
                 crosses less.
         """
         chunks: list[Chunk] = []
@@ -137,7 +143,7 @@ class Phase:
             filled, best = 0, -1
             for index in range(start, len(self.nodes)):
                 filled += self.sizes[self.nodes[index]]
-                if best >= 0 and filled > 2 * size:
+                if best >= 0 and filled > 3 * size:
                     break
                 at_end = index == len(self.nodes) - 1
                 if at_end or (filled >= size and self._whole[index]):
@@ -149,9 +155,10 @@ class Phase:
         return chunks
 
     def between(self, chunks: Sequence[Chunk]) -> int:
-        """Bytes that cross from chunk to chunk."""
-        ends = itertools.accumulate(len(chunk.nodes) for chunk in chunks)
-        return sum(self.crossing[end - 1] for end in ends)
+        """Bytes that cross from chunk to chunk, each tensor counted once."""
+        ends = list(itertools.accumulate(len(chunk.nodes) for chunk in chunks))
+        chunk_of = partial(bisect_right, ends)
+        return sum(size for place, end, size in self._spans if chunk_of(place) != chunk_of(end))
 
     @cached_property
     def _place(self) -> dict[fx.Node, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from precision_compiler.accumulation import Accumulator
+from precision_compiler.adjoints import gated, is_float
 from precision_compiler.attention import substitutes
 from precision_compiler.chunks import Chunk
 from precision_compiler.exactness import cone_of
@@ -26,6 +27,7 @@ from precision_compiler.joint import JointGraph
 from precision_compiler.links import Links
 from precision_compiler.observation import insensitive
 from precision_compiler.operand_errors import OperandErrors
+from precision_compiler.reductions import selects
 from precision_compiler.replay import execute
 from precision_compiler.running_sums import Summed, one_way_terms, summed
 from precision_compiler.sampling import GLANCE, sampled, sampled_places
@@ -54,6 +56,7 @@ class Probe:
         stores, operands, internals, correlations, exact, ranges, accumulations, sums: as in
             ``Statistics``.
         metric: row of METRICS that arriving derivatives belong to.
+        least: by how much something has to change that objective in order to count.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Probe:
         graph = joint.module.graph
         self._links, self._provenance = links, provenance_of(graph, joint.parameters)
         self.formats = [fmt for fmt in formats if not fmt.by_axis]
-        self.metric = 0
+        self.metric, self.least = 0, 0.0
         self._blocks = sorted((fmt for fmt in formats if fmt.by_axis), key=_block_size)
         self._block_errors: dict[Edge, dict[str, torch.Tensor]] = {}
         self._accumulators = accumulators or {}
@@ -90,6 +93,7 @@ class Probe:
             chain = _chain(argument, nodes[link.source])
             self._readings.setdefault(site, {})[link.argument] = chain
         self._cones = {node: cone for node in self._stored if (cone := cone_of(node, self._stored))}
+        self._selecting = {node for node in graph.nodes if selects(node)}
         self._formulas = substitutes()
         self._watched: dict[_Place, Watched] = {}
         self._constants: list[torch.Tensor] = []
@@ -128,6 +132,8 @@ class Probe:
             value = args[0].to(args[1])  # the primitive itself has no derivative
         else:
             value = execute(node, args, kwargs)
+        if torch.is_grad_enabled() and is_float(value) and value.requires_grad:
+            value = gated(value, lambda: self.least) if node in self._selecting else value
         if node not in self._seen:
             self._look(node, value, args, values)
             if site is not None and self._accumulators:

@@ -15,7 +15,7 @@ from precision_compiler.accumulation import (
     same_sign_terms,
 )
 from precision_compiler.graph import contraction_rule
-from precision_compiler.replay import execute
+from precision_compiler.reductions import adds_up
 from precision_compiler.sampling import sampled
 from precision_compiler.statistics import Accumulated
 
@@ -69,26 +69,14 @@ def summed(
 def one_way_terms(node: fx.Node, args: tuple[Any, ...], total: torch.Tensor) -> float | None:
     """``n |mean| / rms``, root mean square over the sums: terms that pull the same way.
 
-    None of operations that do not add up. Those that do are told by their derivative: it is the
-    same for every term of a sum or mean, and for those of no product, norm or maximum.
+    None of operations that do not add up.
     """
     terms = args[0] if torch.Tag.reduction in getattr(node.target, "tags", ()) else None
     if not isinstance(terms, torch.Tensor) or not terms.is_floating_point() or not total.numel():
         return None
     row = sampled(terms).double()
     rms, mean = float(row.square().mean()) ** 0.5, abs(float(row.mean()))
-    if rms == 0.0 or not _adds_up(node, args):
+    if rms == 0.0 or not adds_up(node):
         return None
     ratio: float = terms.numel() / total.numel() * mean / rms
     return ratio
-
-
-def _adds_up(node: fx.Node, args: tuple[Any, ...]) -> bool:
-    with torch.enable_grad():
-        leaf = args[0].detach().requires_grad_()
-        total = execute(node, (leaf, *args[1:]), dict(node.kwargs))
-        if not isinstance(total, torch.Tensor) or not total.requires_grad:
-            return False  # several results, or whole numbers such as the place of a maximum
-        (slope,) = torch.autograd.grad(total.sum(), leaf)
-    lowest, highest = torch.aminmax(sampled(slope))
-    return bool(lowest == highest != 0)

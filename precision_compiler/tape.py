@@ -74,9 +74,10 @@ class Tape:
         own, ends = (_nodes(self.results), _nodes(self.gradients))
         forward, backward = phases(steps, own, self.tangents)
         read = {source for node in backward for source in node.all_input_nodes}
+        dear = list(filter(_is_dear, steps))
         parts = (
-            Phase(forward, [*read, *own, *ends], self._sizes),
-            Phase(backward, [*own, *ends], self._sizes),
+            Phase(forward, [*read, *own, *ends, *dear], self._sizes),
+            Phase(backward, [*own, *ends, *dear], self._sizes),
         )
         saved = self._sizes.values()
         self.forward, self.backward = frugal(parts, sum(saved), max(saved, default=0))
@@ -84,6 +85,7 @@ class Tape:
         self._connect()
         self.values: dict[fx.Node, Any] = {}
         self._heap = SpareMemory(expected=memory)
+        self._given = set(self.primals)  # what no derivative is asked of, and constant tangents
         self._objective: tuple[list[Any], list[torch.Tensor], torch.Tensor] | None = None
 
     @property
@@ -132,6 +134,10 @@ class Tape:
             self._retreat(chunk, adjoints, arrived)
             finished(chunk)
 
+    def seed_numbers(self, chunk: Chunk) -> None:
+        """Have torch draw the numbers that a chunk draws whenever it runs."""
+        torch.manual_seed(self.seed + self.chunks.index(chunk))
+
     def _connect(self) -> None:
         made_in: dict[fx.Node, Chunk] = {}
         results = [*self.results, *self.gradients]
@@ -161,12 +167,12 @@ class Tape:
         self._heap.trim()
 
     def _execute(self, chunk: Chunk) -> dict[fx.Node, Any]:
-        torch.manual_seed(self.seed + self.chunks.index(chunk))
+        self.seed_numbers(chunk)
         found: dict[fx.Node, Any] = {}
         recording = torch.is_grad_enabled()
         for node in chunk.reads:
             value = _still(self.values[node])
-            if recording and is_float(value) and node not in self.primals:
+            if recording and is_float(value) and node not in self._given:
                 chunk.leaves[node] = value.requires_grad_()
             found[node] = value
         for node in chunk.nodes:
@@ -189,13 +195,18 @@ class Tape:
             leaves = [self._result(node) for node in self.results]
             loss = self.captured.objective(lambda: leaves)
             wanted = [leaves[index] for index in self._tangent_positions()]
-            tangents = torch.autograd.grad(
-                loss, wanted, create_graph=True, allow_unused=True, materialize_grads=True
-            )
-        self._objective = leaves, list(tangents), loss
-        self.values.update(
-            (node, value.detach()) for node, value in zip(self.tangents, tangents, strict=True)
-        )
+            found = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
+        tangents = [
+            torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
+            if tangent is None  # of a result that the loss does not depend on
+            else tangent
+            for tangent, like in zip(found, wanted, strict=True)
+        ]
+        self._objective = leaves, tangents, loss
+        for node, tangent in zip(self.tangents, tangents, strict=True):
+            self.values[node] = tangent.detach()
+            if not tangent.requires_grad:
+                self._given.add(node)
         return loss.detach()
 
     def _tangent_positions(self) -> list[int]:

@@ -1,16 +1,17 @@
 """See MeasureSensitivity."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from precision_compiler.accumulation import Accumulator
 from precision_compiler.capture import Captured
 from precision_compiler.errors import AnalysisError, InternalError
+from precision_compiler.float32_noise import with_float32_noise
 from precision_compiler.formats import CHOICES
 from precision_compiler.heap import freed_memory_kept, rarely_collected
 from precision_compiler.joint import JointGraph
@@ -18,12 +19,11 @@ from precision_compiler.links import find_links
 from precision_compiler.noise import GradientSums, Noise, batch_noise, noise_of_parts
 from precision_compiler.pipeline import Numerics, Unit
 from precision_compiler.probe import Probe
-from precision_compiler.replay import gradients_of
 from precision_compiler.signs import Signs
 from precision_compiler.statistics import METRICS, Statistics, TensorGradient, averaged
 from precision_compiler.tape import Tape
 
-_SUSPICIOUS = 1e-3  # of the root mean square gradient: below it, a gradient may be noise alone
+_INVISIBLE = 1e-5  # of an objective: what errors of 100 % do not change by more, counts nowhere
 _FLOOR = 1e-4  # of the mean square gradient: what a tensor's error is compared with at the least
 
 
@@ -118,9 +118,8 @@ class MeasureSensitivity:
                 raise AnalysisError(_useless(norm, tape.captured.joint.inference))
             if sums is not None:
                 sums.add(gradients)
-            doubtful = {} if noise else _doubtful(tensors, gradients)
-            if self.tensors:  # the weights of that objective ask which gradients are zero
-                tensors, doubtful = _with_float32_noise(tape.captured, tensors, doubtful), {}
+            if noise is None:
+                tensors = with_float32_noise(tape, tensors, gradients)
             probes: dict[str, Sequence[torch.Tensor]] = {
                 "gradient": Signs(gradients, [1 / norm] * len(tensors), seed)
             }
@@ -129,9 +128,8 @@ class MeasureSensitivity:
             if self.tensors:
                 probes["tensor"] = Signs(gradients, _tensor_weights(tensors), seed + 1)
             del gradients  # the tape lets go of them one by one
-            tape.differentiate(probes, partial(_turn_to, probe), probe.finish)
+            tape.differentiate(probes, partial(_turn_to, probe, abs(float(loss))), probe.finish)
             probe.finish_rest()
-        tensors = _with_float32_noise(tape.captured, tensors, doubtful)
         return probe.statistics(norm, float(loss), tensors)
 
 
@@ -151,8 +149,9 @@ def _useless(norm: float, inference: bool) -> str:
     )
 
 
-def _turn_to(probe: Probe, objective: str) -> None:
+def _turn_to(probe: Probe, loss: float, objective: str) -> None:
     probe.metric = METRICS.index(objective)
+    probe.least = _INVISIBLE * (loss if objective == "loss" else 1.0)
 
 
 def _tensor_weights(tensors: Sequence[TensorGradient]) -> list[float]:
@@ -180,51 +179,8 @@ def _tensors(
     return tuple(map(TensorGradient, names, map(_norm, gradients), known, sizes))
 
 
-def _doubtful(
-    tensors: Sequence[TensorGradient], gradients: Sequence[torch.Tensor]
-) -> dict[int, torch.Tensor]:
-    """The gradients that are so small that float32 may not decide them, by position."""
-    squares = sum(tensor.norm**2 for tensor in tensors)
-    typical = (squares / sum(tensor.elements for tensor in tensors)) ** 0.5
-    return {
-        index: gradients[index]
-        for index, tensor in enumerate(tensors)
-        if tensor.norm <= _SUSPICIOUS * typical * tensor.elements**0.5
-    }
-
-
-def _with_float32_noise(
-    captured: Captured, tensors: tuple[TensorGradient, ...], doubtful: Mapping[int, torch.Tensor]
-) -> tuple[TensorGradient, ...]:
-    """How far float32 decides the doubtful gradients.
-
-    One more run, with every parameter moved by one unit in its last place: a gradient that is
-    nothing but rounding noise moves as far as it is long. Once per model: further batches take
-    over what was found.
-    """
-    if not doubtful:
-        return tensors
-    _, moved = gradients_of(captured, inputs=_jittered(captured.joint), only=doubtful)
-    found = list(tensors)
-    for index, gradient in zip(sorted(doubtful), moved, strict=True):
-        found[index] = replace(tensors[index], noise=_norm(doubtful[index] - gradient))
-    return tuple(found)
-
-
 def _norm(gradient: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
-
-
-def _jittered(joint: JointGraph) -> list[Any]:
-    """The inputs with every parameter moved to the next larger float32 number."""
-    upwards = torch.tensor(torch.inf)
-    return joint.inputs_with(
-        {
-            name: torch.nextafter(value.detach(), upwards.to(value.device))
-            for name, value in joint.parameter_values.items()
-            if value.dtype == torch.float32
-        }
-    )
 
 
 def _with_noise(found: Statistics, sums: GradientSums, captured: Captured) -> Statistics:
