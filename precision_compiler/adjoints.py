@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.autograd.graph import GradientEdge
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision_compiler.tf32 import float32_products
@@ -92,7 +93,7 @@ def gated(value: torch.Tensor, least: Callable[[], float]) -> torch.Tensor:
 
 
 def derivatives(
-    outputs: Sequence[tuple[Any, torch.Tensor]],
+    outputs: Sequence[tuple[GradientEdge, torch.Tensor]],
     inputs: Sequence[torch.Tensor],
     retain: bool = True,
     roughly: bool = False,
@@ -100,17 +101,17 @@ def derivatives(
     """Derivatives by every input; None where there is none.
 
     Args:
-        outputs: what is differentiated, and what each is multiplied with.
+        outputs: what is differentiated, by its place in autograd's graph, so that the tensors
+            themselves need not be there; and what each is multiplied with.
         inputs: by what.
         retain: whether the same outputs are differentiated again.
         roughly: whether the hardware may round operands of products where that is faster.
     """
-    live = [(value, seed) for value, seed in outputs if is_float(value) and value.requires_grad]
-    if not live or not inputs:
+    if not outputs or not inputs:
         return [None] * len(inputs)
-    values, seeds = zip(*live, strict=True)
+    edges, seeds = zip(*outputs, strict=True)
     with _fast_products() if roughly else nullcontext():
-        return torch.autograd.grad(values, inputs, seeds, retain_graph=retain, allow_unused=True)
+        return torch.autograd.grad(edges, inputs, seeds, retain_graph=retain, allow_unused=True)
 
 
 @contextmanager
@@ -125,6 +126,11 @@ def _fast_products() -> Iterator[None]:
     cpu, gpu = backends.mkldnn.matmul, backends.cuda.matmul
     with float32_products(cpu, "bf16"), float32_products(gpu, "tf32"):
         yield
+
+
+def has_history(value: Any) -> bool:
+    """Whether a value is a tensor that autograd can differentiate."""
+    return is_float(value) and value.requires_grad
 
 
 def is_float(value: Any) -> bool:

@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import prod
-from typing import Any
 
 import torch
 from torch import fx
+from torch.autograd.graph import GradientEdge
 
 from precision_compiler.graph import (
     ATTENTION,
@@ -34,7 +34,9 @@ class Chunk:
         saved_bytes: about what autograd keeps of the chunk.
         gives: nodes that later chunks read, or results of the graph, or that are not to be run
             twice.
-        leaves, made: inputs and outputs under autograd, while they are kept.
+        leaves, made: inputs under autograd, and the places of outputs in its graph, while they are
+            kept.
+        constants: what is differentiated by too, though it depends on no leaf.
     """
 
     nodes: list[fx.Node]
@@ -42,7 +44,7 @@ class Chunk:
     reads: list[fx.Node] = field(default_factory=list)
     gives: list[fx.Node] = field(default_factory=list)
     leaves: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
-    made: dict[fx.Node, Any] = field(default_factory=dict)
+    made: dict[fx.Node, GradientEdge] = field(default_factory=dict)
     constants: list[torch.Tensor] = field(default_factory=list)
 
 

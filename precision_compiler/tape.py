@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx
+from torch.autograd.graph import get_gradient_edge
 
-from precision_compiler.adjoints import Adjoints, Known, derivatives, is_float
+from precision_compiler.adjoints import Adjoints, Known, derivatives, has_history, is_float
 from precision_compiler.capture import Captured
 from precision_compiler.chunks import Chunk, Phase, affordable, frugal, phases, saved_bytes
 from precision_compiler.graph import contraction_rule, primals_and_tangents, reached_from, value_of
@@ -180,7 +181,8 @@ class Tape:
                 found[node] = self.runner.run(node, found.__getitem__)
         made = {node: found[node] for node in chunk.gives}
         if recording:
-            chunk.made, chunk.constants = made, self.runner.constants()
+            edges = {n: get_gradient_edge(v) for n, v in made.items() if has_history(v)}
+            chunk.made, chunk.constants = edges, self.runner.constants()
         return made
 
     def _known(self, node: fx.Node) -> AbstractContextManager[Any]:
@@ -226,12 +228,12 @@ class Tape:
         inputs = [leaf for leaf in leaves if is_float(leaf)]
         for name, known in adjoints.items():
             outputs = [
-                (tangent, known.take(node))
+                (get_gradient_edge(tangent), known.take(node))
                 for node, tangent in zip(self.tangents, tangents, strict=True)
-                if node in known
+                if node in known and has_history(tangent)
             ]
-            if name in of_loss:
-                outputs.append((loss, torch.ones_like(loss)))
+            if name in of_loss and has_history(loss):
+                outputs.append((get_gradient_edge(loss), torch.ones_like(loss)))
             for node, value in zip(nodes, derivatives(outputs, inputs), strict=True):
                 if value is not None:
                     known.add(node, value)
@@ -243,23 +245,22 @@ class Tape:
         arrived: Callable[[str], None],
     ) -> None:
         active = [name for name, known in adjoints.items() if any(n in known for n in chunk.gives)]
-        if active and not chunk.made:
+        if active and id(chunk) not in self.kept:
             with torch.enable_grad():
                 self._execute(chunk)
+        for node in chunk.gives:  # the graph of autograd has what derivatives need of them
+            self.values.pop(node, None)
         inputs = [*chunk.leaves.values(), *chunk.constants]
         for name in active:
             known = adjoints[name]
-            outputs = [
-                (chunk.made[node], known.take(node)) for node in chunk.gives if node in known
-            ]
+            reached = [node for node in chunk.made if node in known]
+            outputs = [(chunk.made[node], known.take(node)) for node in reached]
             arrived(name)
             found = derivatives(outputs, inputs, name != active[-1], self._roughly)
             for node, value in zip(chunk.leaves, found, strict=False):
                 if value is not None:
                     known.add(node, value)
         chunk.leaves, chunk.made, chunk.constants = {}, {}, []
-        for node in chunk.gives:
-            self.values.pop(node, None)
         self._heap.trim()
 
 
