@@ -14,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from precision_compiler.adjoints import derivatives
 from precision_compiler.attention import substitutes
 from precision_compiler.capture import Captured
-from precision_compiler.chunks import CHUNKS, Chunk, phases, saved_bytes
+from precision_compiler.chunks import CHUNKS, Chunk, Phase, phases, saved_bytes
 from precision_compiler.graph import CONVERT, contraction_rule
 from precision_compiler.replay import Replay, execute, gradients_of, relative_error
 from precision_compiler.tape import Tape, Values
@@ -332,3 +332,49 @@ def test_results_that_are_gradients_tangents_and_constants_at_once(memory: float
     assert set(known) == set(expected)
     for key, value in expected.items():
         assert torch.allclose(known[key], value, atol=1e-5), key
+
+
+@pytest.mark.parametrize("memory", [AMPLE, 0.0])
+def test_constant_tangents_are_no_leaves_and_absent_ones_take_no_memory(memory: float) -> None:
+    """Loss sum a, with a = x^2, b = 3 x: tangents s = 1 and t = 0; gradient g = 2 s x + 3 t."""
+    module = graph(
+        "x:f32[32,32] tangents_1:f32[32,32] tangents_2:f32[32,32] | a = mul x x | b = mul x 3.0"
+        " | c@backward = mul tangents_1 x | d@backward = mul c 2.0"
+        " | e@backward = mul tangents_2 3.0 | g@backward = add d e | return a b g"
+    )
+    x = torch.linspace(-1, 1, 1024).reshape(32, 32)
+    joint = replace(joint_of(module, outputs=2), inputs=[x])
+    found = Captured(joint, lambda forward: forward()[0].sum(), "")
+    runner = Watching()
+    tape = Tape(found, runner, memory)
+    _, gradients = tape.record()
+    assert torch.equal(gradients[0], 2 * x)
+    absent = tape.values[tape.tangents[1]]
+    assert torch.equal(absent, torch.zeros(32, 32))
+    assert absent.untyped_storage().nbytes() == 4
+    leaves = {node for chunk in tape.chunks for node in chunk.leaves}
+    probes: dict[str, Sequence[Tensor]] = {"gradient": signs(gradients)}
+    tape.differentiate(probes, runner.turn_to, lambda chunk: leaves.update(chunk.leaves))
+    assert not leaves & set(tape.tangents)
+    (probe,) = signs(gradients)
+    known = {node.name: value for (_, node), value in runner.derivatives.items()}
+    assert torch.allclose(known["d"], probe)
+    assert torch.allclose(known["c"], 2 * probe)
+
+
+def test_chunks_end_where_little_crosses_and_what_does_is_counted_once() -> None:
+    module = graph(
+        "x:f32[32,32] | a = relu x | m = mm a a | b = mul m m | c = mul b b | d = mul c b"
+        " | e = mul d d | return e"
+    )
+    nodes = {node.name: node for node in module.graph.nodes}
+    steps = [node for node in module.graph.nodes if node.op == "call_function"]
+    sizes = dict.fromkeys(steps, 4096)
+    phase = Phase(steps, [nodes["e"], nodes["m"]], sizes)
+    cut = phase.cut(4096)
+    names = [[node.name for node in chunk.nodes] for chunk in cut]
+    assert names == [["a", "m"], ["b", "c", "d"], ["e"]]
+    single = [Chunk([node], 4096) for node in steps]
+    # b is read twice, m and the result are kept anyway
+    assert phase.between(single) == 4 * 4096
+    assert phase.between(cut) == 4096
