@@ -5,7 +5,8 @@ Statistics come from one batch, errors are measured on another by running the ex
 * single roundings, site by site;
 * whole assignments drawn at random from the formats the plan may choose, and lawless ones drawn
   from all formats, vetoed ones included: every miss beyond 2x must have been flagged before;
-* fixed-count assignments: e4m3 in half of the linear layers' products, at random;
+* fixed-count assignments: e4m3 in half of the linear layers' products, at random; also from the
+  statistics of four batches, for the root mean square error of eight others;
 * plans the solver chose at several budgets, verified on a second batch, measured on a third;
 * the same share of e4m3 products chosen by our error, by SQNR, by an op list, by weight error.
 
@@ -57,6 +58,7 @@ POOLS = (("bf16",), ("bf16", "fp16"), ("bf16", "e4m3"), NARROW)
 BUDGETS: tuple[float | str, ...] = ("autocast", "auto", 0.02, 0.05, 0.1)
 INVALIDATING = ("overflow", "flush", "underflow", "coherent", "invalid")
 SHARE = 0.5
+CALIBRATION, HELD_OUT = 4, 8  # batches
 STAGES = ("single", "random", "lawless", "fixed_count", "plans", "selection")
 PEAKS = ("train", "differentiate", "analyse")
 MARKS = {"random": "o", "fixed_count": "s", "lawless": "x", "plans": "*"}
@@ -186,13 +188,33 @@ def fixed_count_rows(it: Subject, count: int) -> Iterator[dict[str, Any]]:
     """Half of the linear products in e4m3, chosen at random.
 
     Measured on the first batch too: how well that ranks the errors of the second is as much as
-    any statistics of the first could tell.
+    any statistics of the first could tell. And predicted from several batches for several others,
+    of which the root mean square error is measured: what is left of chance in a single batch.
     """
     sites = linear_products(it)
-    first = Truth(it.captured, it.truth.zero_gradients)
+    source = it.example.batches(0)
+    first, *held_out = [it.captured.on(next(source)) for _ in range(1 + HELD_OUT)]
+    known = [first, *(it.captured.on(next(source)) for _ in range(CALIBRATION - 1))]
+    several = averaged_problem(it, known)
+    truths = [Truth(one, it.truth.zero_gradients) for one in (first, *held_out)]
     for _ in range(count):
         chosen = in_e4m3(it, it.dice.sample(sites, int(SHARE * len(sites))))
-        yield it.row(chosen) | {"measured_first": first.measure(chosen, 0.0, 0.0).gradient_error}
+        own, *others = [truth.measure(chosen, 0.0, 0.0).gradient_error for truth in truths]
+        yield it.row(chosen) | {
+            "measured_first": own,
+            "predicted_of_several": several.error(chosen),
+            "measured_on_several": statistics.mean(error**2 for error in others) ** 0.5,
+        }
+
+
+def averaged_problem(it: Subject, batches: Sequence[Captured]) -> Problem:
+    """The problem as the statistics of several batches tell it."""
+    first, *others = batches
+    target, budget = target_named(COMPUTE_BOUND), Budget.parse(1.0)
+    unit = Unit(first.joint.copy(), target, budget, Journal(), first, calibration=tuple(others))
+    MeasureSensitivity().run(unit)
+    assert unit.statistics is not None
+    return Problem(it.problem.links, it.problem.options, it.problem.prices, unit.statistics)
 
 
 def selection_rows(it: Subject) -> dict[str, dict[str, Any]]:
@@ -284,9 +306,16 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     ratios = [_miss(row) for row in rows]
     unflagged = [_miss(row) for row in rows if not row["flags"]]
     pairs = [(row["predicted"], row["measured"]) for row in finite]
-    known = [(row["measured_first"], row["measured"]) for row in finite if "measured_first" in row]
-    ceiling = {"spearman_of_first_batch": _spearman(known)} if known else {}
-    return ceiling | {
+    further = {
+        "spearman_of_first_batch": ("measured_first", "measured"),
+        "spearman_of_several": ("predicted_of_several", "measured_on_several"),
+        "spearman_of_first_for_several": ("measured_first", "measured_on_several"),
+    }
+    return {
+        name: _spearman([(row[one], row[other]) for row in finite])
+        for name, (one, other) in further.items()
+        if all(one in row for row in finite)
+    } | {
         "count": len(rows),
         "spearman": _spearman(pairs),
         "within_2x": _share(ratios, 2.0),
