@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from math import inf
+from math import inf, isclose
 from typing import Literal
 
 from precision_compiler.calibrated import Calibrated
@@ -88,10 +88,15 @@ def forced(problem: Problem, site: str, fmt: str) -> Problem:
     return replace(problem, options={**problem.options, site: (fmt,)})
 
 
+def _longer(seconds: float, best: float) -> float:
+    """The difference, unless it comes from adding up the same prices in another order."""
+    return 0.0 if seconds <= best or isclose(seconds, best, rel_tol=1e-12) else seconds - best
+
+
 def _alternative(plan: Plan, problem: Problem, site: str, fmt: str, best: Solution) -> Alternative:
     veto = plan.sites[site].options[fmt].veto
     if fmt == plan.sites[site].format:
-        more = max(0.0, plan.predicted_seconds - best.seconds)
+        more = _longer(plan.predicted_seconds, best.seconds)
         return Alternative(
             fmt, plan.predicted_seconds, more, plan.predicted_gradient_error, (), veto
         )
@@ -104,7 +109,7 @@ def _alternative(plan: Plan, problem: Problem, site: str, fmt: str, best: Soluti
         for name, chosen in found.assignment.items()
         if name != site and chosen != plan.sites[name].format
     )
-    more = max(0.0, found.seconds - best.seconds)
+    more = _longer(found.seconds, best.seconds)
     return Alternative(fmt, found.seconds, more, found.error, changed, veto)
 
 
