@@ -160,9 +160,9 @@ class TensorGradient:
     Attributes:
         name: the parameter.
         norm: Euclidean norm of its gradient.
-        noise: norm of the change of that gradient when every parameter moves by one unit in the
-            last place: what float32 itself leaves undecided; 0 where the gradient is so much
-            larger that it was not asked.
+        noise: norm of the change of that gradient when the values that the last products compute
+            it from move by one unit in the last place: what float32 itself leaves undecided; 0
+            where the gradient is so much larger that it was not asked.
         elements: number of elements.
     """
 

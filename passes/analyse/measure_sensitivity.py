@@ -56,7 +56,10 @@ class MeasureSensitivity:
     9. In an inference graph the outputs take the place of the gradients; there is no loss.
     10. What these derivatives multiply may be rounded to bf16 or tf32 where the hardware is
        faster then: they are needed to a few per cent. Values are computed in float32.
-    11. Several batches are averaged. Parts of the graph whose intermediate values autograd cannot
+    11. Derivatives that reach a maximum or another selection are followed further only if errors
+       of 100 % there would count: softmax subtracts maxima that do not matter.
+    12. Parameters with small gradients are asked whether float32 decides them.
+    13. Several batches are averaged. Parts of the graph whose intermediate values autograd cannot
        keep within the unit's memory are run twice. If it says nothing, they may take as much as
        AdamW's moments, which training takes anyway; in an inference graph all are run twice.
 
