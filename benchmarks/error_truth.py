@@ -6,7 +6,7 @@ Statistics come from one batch, errors are measured on another by running the ex
 * whole assignments drawn at random from the formats the plan may choose, and lawless ones drawn
   from all formats, vetoed ones included: every miss beyond 2x must have been flagged before;
 * fixed-count assignments: e4m3 in half of the linear layers' products, at random; also from the
-  statistics of four batches, for the root mean square error of eight others;
+  statistics of eight batches, for the root mean square error of eight others;
 * plans the solver chose at several budgets, verified on a second batch, measured on a third;
 * the same share of e4m3 products chosen by our error, by SQNR, by an op list, by weight error.
 
@@ -58,7 +58,7 @@ POOLS = (("bf16",), ("bf16", "fp16"), ("bf16", "e4m3"), NARROW)
 BUDGETS: tuple[float | str, ...] = ("autocast", "auto", 0.02, 0.05, 0.1)
 INVALIDATING = ("overflow", "flush", "underflow", "coherent", "invalid")
 SHARE = 0.5
-CALIBRATION, HELD_OUT = 4, 8  # batches
+CALIBRATION, HELD_OUT = 8, 8  # batches
 STAGES = ("single", "random", "lawless", "fixed_count", "plans", "selection")
 PEAKS = ("train", "differentiate", "analyse")
 MARKS = {"random": "o", "fixed_count": "s", "lawless": "x", "plans": "*"}

@@ -18,6 +18,9 @@ from precision_compiler.statistics import (
     unweighted,
 )
 
+_GLANCE, _CHANCE = 1 << 10, 0.01  # elements, and the share of them that may be equal by chance
+_MANY = 1 << 8  # different numbers, below which errors are a few draws, which is for `signed`
+
 
 def binades(row: torch.Tensor) -> torch.Tensor:
     """The exponent field of float32 numbers: 0 for zeros and subnormals, 255 for infinities."""
@@ -99,17 +102,61 @@ class Observation:
     ) -> dict[str, Measured]:
         wide, found = adjoint.double(), {}
         sums, variances = (errors @ wide).tolist(), (squares @ wide.square()).tolist()
-        for name, total, variance in zip(names, sums, variances, strict=True):
-            signed = total * total
-            # Errors that agree grow with the number of elements, others with its root. By chance
-            # a sample's ratio exceeds t with a probability of about exp(-t^2 / 2), so as much more
-            # is asked of samples as makes up for the factor that is at stake.
-            if signed > (COHERENT**2 + 2 * log(max(1.0, self.scale))) * variance:
+        shared = self._of_twins(errors, wide)
+        for name, total, alone, pairs in zip(names, sums, variances, shared, strict=True):
+            variance, signed = alone + pairs * self.scale, total * total
+            # Errors that agree grow with the number of elements, others with its root.
+            if signed > self._doubt * variance:
                 signed *= self.scale
             else:
                 signed = min(signed, COHERENT**2 * variance)
             if isfinite(signed + variance):  # an overflow is a flag's business, not a number
-                found[name] = Measured(variance * self.scale, signed * self.scale)
+                found[name] = Measured(variance * self.scale, signed * self.scale, pairs > 0)
+        return found
+
+    @property
+    def _doubt(self) -> float:
+        """How large the square of a sum of random signs has to be, over its mean, to count.
+
+        By chance it exceeds t^2 with a probability of about exp(-t^2 / 2), so as much more is asked
+        of samples as makes up for the factor that is at stake.
+        """
+        return COHERENT**2 + 2 * log(max(1.0, self.scale))
+
+    @cached_property
+    def _twins(self) -> torch.Tensor | None:
+        """A number for every sampled element, the same for equal ones; None if few are equal."""
+        few = self.row[:: -(-len(self.row) // _GLANCE) or 1].sort().values
+        equal = (few[1:] == few[:-1]) & (few[1:] != 0)
+        if int(equal.sum()) <= _CHANCE * len(few):
+            return None
+        different, numbers = torch.unique(self.row, return_inverse=True)
+        return numbers if len(different) >= _MANY else None
+
+    def _of_twins(self, errors: torch.Tensor, adjoint: torch.Tensor) -> list[float]:
+        """Products of the effects of equal elements, by format; 0 where they could be chance.
+
+        Elements that are equal, such as those of a token that occurs again, have equal errors,
+        whose effects go together. In a sample of one element in s there is one such pair in s^2.
+
+        Args:
+            errors: of each sampled element, a row for every format.
+            adjoint: its derivative.
+        """
+        twins = self._twins
+        if twins is None:
+            return [0.0] * len(errors)
+        effects, groups = errors * adjoint, int(twins.max()) + 1
+
+        def of_others(rows: torch.Tensor) -> torch.Tensor:
+            sums = rows.new_zeros(len(rows), groups).index_add_(1, twins, rows)
+            return sums[:, twins] - rows
+
+        products = (effects * of_others(effects)).sum(1)
+        squares = effects.square()
+        chance = 2 * (squares * of_others(squares)).sum(1)
+        counts = products > (self._doubt * chance).sqrt()
+        found: list[float] = torch.where(counts, products, 0.0).tolist()
         return found
 
 

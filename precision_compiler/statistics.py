@@ -32,13 +32,16 @@ class Measured:
     """Rounding errors ``d = Q(y) - y`` as they are, weighed by the derivative ``h``.
 
     Attributes:
-        variance: ``sum h^2 d^2``, as if the errors of different elements were independent.
+        variance: ``sum h^2 d^2``, as if the errors of different numbers were independent.
         signed: ``(sum h d)^2``: equal to the variance on average if they are, larger if errors
             of one sign add up.
+        shared: whether elements are equal, which then have the same error: the variance has
+            ``h h' d^2`` of each pair, too.
     """
 
     variance: float
     signed: float
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,14 @@ class Sensitivity:
 
         ``sum h^2 d^2``, with the mean squared rounding error ``d^2`` of each binade, or the
         measured one where the closed form does not hold: formats with a scale, whose values are
-        not spread evenly over a binade near the largest number, and single elements. Where errors
-        are coherent, it is what they add up to. With ``drift`` the relative errors are those of
-        values ``2**drift`` times as large.
+        not spread evenly over a binade near the largest number, single elements, and elements that
+        are equal. Where errors are coherent, it is what they add up to. With ``drift`` the relative
+        errors are those of values ``2**drift`` times as large.
         """
         found = self._closed_form(fmt, drift, metric)
         known = self.measured.get(fmt.name)
         coherent = self.is_coherent(fmt)
-        if known is None or not (fmt.scaled or self.size == 1 or coherent):
+        if known is None or not (fmt.scaled or self.size == 1 or coherent or known.shared):
             return found
         expected = self._closed_form(fmt, 0, 0)
         real = known.signed if coherent else known.variance
@@ -296,7 +299,10 @@ def _mean(found: Sequence[Sensitivity]) -> Sensitivity:
         max(one.amax for one in found),
         np.sum([one.count for one in found], axis=0),
         found[0].size,
-        {name: Measured(over("variance", name), over("signed", name)) for name in names},
+        {
+            name: Measured(over("variance", name), over("signed", name), over("shared", name) > 0)
+            for name in names
+        },
     )
 
 

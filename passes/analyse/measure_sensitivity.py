@@ -46,8 +46,8 @@ class MeasureSensitivity:
        rounds inside (probabilities, their gradients) is measured as internal to the site.
     4. Three objectives: all gradients together; each parameter tensor's gradient relative to
        itself (v divided by its norm, structurally zero gradients left out); the loss.
-    5. For formats with a scale, single elements and the test for coherent errors, tensors are
-       really rounded.
+    5. For formats with a scale, single and equal elements and the test for coherent errors, tensors
+       are really rounded.
     6. A stored tensor that comes out on the format's grid once its sources are on it (they are
        only moved, negated, selected, scaled by powers of two) is rounded once, not twice.
     7. Where the target adds products up in a narrow format, the partial sums of some results of

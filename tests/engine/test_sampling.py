@@ -90,6 +90,29 @@ def test_equal_errors_of_a_constant_tensor_add_up(count: int) -> None:
         assert found.signed_ratio(BF16) == pytest.approx(count**0.5)
 
 
+def repeated(seed: int, times: int) -> torch.Tensor:
+    """64 rows of 256 normal numbers, each of them several times, in random order."""
+    rows = normal(seed, 64 * 256)[0].reshape(64, 256)
+    order = torch.randperm(64 * times, generator=torch.Generator().manual_seed(seed)) % 64
+    return rows[order]
+
+
+@pytest.mark.parametrize("times", [8, 32])
+@pytest.mark.parametrize("name", ["bf16", "e4m3"])
+def test_equal_elements_have_equal_errors(name: str, times: int) -> None:
+    """Such as an embedding's where tokens repeat: their effects go together if derivatives do."""
+    values, fmt = repeated(1, times), FORMATS[name]
+    agreeing = repeated(1, times).sign()  # what depends on the number alone
+    found = sensitivity_of(values, agreeing, [name])
+    error = quantised(values, fmt).double() - values.double()
+    exact = float((times * (error**2)).sum())
+    assert found.variance(fmt) == pytest.approx(exact, rel=0.15)
+    assert not found.is_coherent(fmt)
+    single = sensitivity_of(values, normal(2, values.numel())[0].reshape(values.shape), [name])
+    drawn = normal(2, values.numel())[0].reshape(values.shape).double() * error
+    assert single.variance(fmt) == pytest.approx(float(drawn.square().sum()), rel=0.1)
+
+
 def test_chance_agreement_of_a_sample_does_not_raise_the_mean_prediction() -> None:
     ratios = []
     for seed in range(3000):
