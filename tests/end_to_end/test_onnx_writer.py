@@ -392,7 +392,8 @@ def test_narrow_weights_may_lie_beside_the_model(name: str, evaluator: str, tmp_
 
     example = traced(product, {"fc.weight": torch.randn(64, 64)}, x=torch.randn(3, 64))
     report = example.write(tmp_path / "fc.onnx", external_bytes=100)
-    assert (report.evaluator, report.max_difference) == (evaluator, 0.0)
+    assert report.evaluator == evaluator
+    assert report.max_difference < 1e-5 * report.largest_output  # the order of float32 sums
     stored = onnx.load(report.path, load_external_data=False).graph.initializer
     codes = next(weight for weight in stored if weight.name.startswith("fc.weight.float"))
     assert codes.data_location == TensorProto.EXTERNAL

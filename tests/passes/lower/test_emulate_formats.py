@@ -199,8 +199,14 @@ def agreement(name: str, fmt: str, attention: str) -> tuple[float, float, float]
 def test_emulated_model_agrees_with_real_kernels_within_accumulation_error(
     name: str, fmt: str
 ) -> None:
+    """Sums in another order move few numbers to a neighbour: a part of what both are off.
+
+    How many, the CPU decides: of the 40 logits of `vit` one in fp16 is 3e-4 of all gradients. If
+    one of the two rounded what the other does not, they would be as far apart as each is off.
+    """
     apart, ours, real = agreement(name, fmt, attention="fp32")
-    assert apart < 1e-4
+    assert apart < 0.5 * min(ours, real)
+    assert ours == pytest.approx(real, rel=0.05)
     assert min(ours, real) > 4e-4
 
 
