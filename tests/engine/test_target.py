@@ -268,6 +268,21 @@ def test_damaged_key_is_measured_anew(
     assert len(quick) == 4
 
 
+def test_times_of_a_busy_machine_are_measured_anew(tmp_path: Path, quick: list[str]) -> None:
+    """Threads that wait for a core at every barrier: a thousand times slower than now."""
+    found = measured_machine(tmp_path)
+    found.keep({"case": 0.004})
+    record = json.loads(found.path.read_text())
+    record["traffic"]["read"] = [1.0 for _ in TRAFFIC.sizes]
+    found.path.write_text(json.dumps(record))
+    again = measured_machine(tmp_path)
+    assert len(quick) == 4
+    assert again.traffic == TRAFFIC
+    assert again.cases == {}
+    assert measured_machine(tmp_path) == again
+    assert len(quick) == 4
+
+
 def test_another_thread_count_is_another_machine(
     tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
