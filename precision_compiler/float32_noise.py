@@ -43,9 +43,13 @@ def with_float32_noise(
     ]
     for index in small:
         change = _moved(tape, tape.gradients[index]) - gradients[index]
-        noise = float(torch.linalg.vector_norm(change, dtype=torch.float64))
-        found[index] = replace(tensors[index], noise=noise)
+        found[index] = replace(tensors[index], noise=euclidean_norm(change))
     return tuple(found)
+
+
+def euclidean_norm(gradient: torch.Tensor) -> float:
+    """Euclidean norm, added up in float64."""
+    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from precision_compiler.accumulation import Accumulator
 from precision_compiler.capture import Captured
 from precision_compiler.errors import AnalysisError, InternalError
-from precision_compiler.float32_noise import with_float32_noise
+from precision_compiler.float32_noise import euclidean_norm, with_float32_noise
 from precision_compiler.formats import CHOICES
 from precision_compiler.heap import freed_memory_kept, rarely_collected
 from precision_compiler.joint import JointGraph
@@ -179,11 +179,7 @@ def _tensors(
     """The parameters' gradients, with float32's noise in them where it is known."""
     known = noise or [0.0] * len(gradients)
     names, sizes = tape.captured.joint.goal_names, [value.numel() for value in gradients]
-    return tuple(map(TensorGradient, names, map(_norm, gradients), known, sizes))
-
-
-def _norm(gradient: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    return tuple(map(TensorGradient, names, map(euclidean_norm, gradients), known, sizes))
 
 
 def _with_noise(found: Statistics, sums: GradientSums, captured: Captured) -> Statistics:
