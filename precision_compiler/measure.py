@@ -266,7 +266,7 @@ def _store(machine: Machine) -> None:
 def _load(path: Path, identity: Mapping[str, str], device: str) -> Machine | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["identity"] != dict(identity):
+        if record["identity"] != dict(identity) or not record["traffic"]["sizes"]:
             return None
         return Machine(
             identity["cpu"],

@@ -256,7 +256,7 @@ def test_damaged_measurements_are_taken_anew(damage: str, tmp_path: Path, quick:
 
 
 @pytest.mark.parametrize("key", ["identity", "matmul_flops", "traffic", "launch_seconds", "cases"])
-@pytest.mark.parametrize("value", [None, [], "text"])
+@pytest.mark.parametrize("value", [None, [], "text", {"sizes": [], "read": [], "write": []}])
 def test_damaged_key_is_measured_anew(
     key: str, value: object, tmp_path: Path, quick: list[str]
 ) -> None:
