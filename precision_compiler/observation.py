@@ -1,6 +1,6 @@
 """Look at a tensor as it passes: a sample of its elements, and what rounding makes of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from math import isfinite, log
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from precision_compiler.formats import FORMATS, Format, largest_magnitude, quantised
+from precision_compiler.outliers import Outliers, find_outliers
 from precision_compiler.sampling import SAMPLE, sampled
 from precision_compiler.statistics import (
     COHERENT,
@@ -19,6 +20,7 @@ from precision_compiler.statistics import (
 )
 
 _GLANCE, _CHANCE = 1 << 10, 0.01  # elements, and the share of them that may be equal by chance
+_NOTHING = np.zeros((3, 0))
 _MANY = 1 << 8  # different numbers, below which errors are a few draws, which is for `signed`
 
 
@@ -75,44 +77,64 @@ class Observation:
         """``h^2`` by binade over the whole tensor, from sampled derivatives."""
         return binned(self.exponents, adjoint.double().square()) * self.scale
 
-    def measured(
-        self, adjoint: torch.Tensor, errors: Mapping[str, torch.Tensor] | None = None
-    ) -> dict[str, Measured]:
-        """The effect of real rounding to every format, from sampled derivatives.
+    def measured(self, adjoint: torch.Tensor) -> dict[str, Measured]:
+        """The effect of real rounding to every format, from sampled derivatives."""
+        return _named([fmt.name for fmt in self.formats], self._of_formats(adjoint))
+
+    def effects(
+        self,
+        adjoint: torch.Tensor,
+        outliers: Outliers | None,
+        errors: Mapping[str, torch.Tensor],
+    ) -> tuple[np.ndarray, dict[str, Measured]]:
+        """``weight`` and ``measured``, with what the sample does not tell.
 
         Args:
-            adjoint: derivatives of the sampled elements.
-            errors: rounding errors of the sampled elements in further formats, by name.
+            adjoint: derivatives of the sampled elements, float64.
+            outliers: what the sample does not tell, if anything.
+            errors: rounding errors of the sampled elements in further formats, by name. Those of
+                outliers are not known: relative to the elements, they are taken to be the same.
         """
-        found = {}
-        if self.formats:
-            names = [fmt.name for fmt in self.formats]
-            found = self._effects(names, adjoint, self.errors, self.squares)
-        if errors:
-            further = _matrix(errors.values())
-            found |= self._effects(errors, adjoint, further, further.square())
-        return found
+        further = self._of_errors(_matrix(errors.values()), adjoint) if errors else _NOTHING
+        if outliers is None:
+            weight, found = self.weight(adjoint), self._of_formats(adjoint)
+        else:
+            rest = adjoint if outliers.others is None else adjoint * outliers.others
+            weight, found = (
+                self.weight(rest) * outliers.rest,
+                self._of_formats(rest) * outliers.rest,
+            )
+            further = further * outliers.whole
+            if outliers.others is not None:
+                few = Observation(outliers.values, self.formats, amax=self.amax)
+                weight += few.weight(outliers.adjoint)
+                found += few._of_formats(outliers.adjoint)
+        names = [*(fmt.name for fmt in self.formats), *errors]
+        return weight, _named(names, np.concatenate([found, further], axis=1))
 
-    def _effects(
-        self,
-        names: Iterable[str],
-        adjoint: torch.Tensor,
-        errors: torch.Tensor,
-        squares: torch.Tensor,
-    ) -> dict[str, Measured]:
-        wide, found = adjoint.double(), {}
-        sums, variances = (errors @ wide).tolist(), (squares @ wide.square()).tolist()
-        shared = self._of_twins(errors, wide)
-        for name, total, alone, pairs in zip(names, sums, variances, shared, strict=True):
-            variance, signed = alone + pairs * self.scale, total * total
-            # Errors that agree grow with the number of elements, others with its root.
-            if signed > self._doubt * variance:
-                signed *= self.scale
-            else:
-                signed = min(signed, COHERENT**2 * variance)
-            if isfinite(signed + variance):  # an overflow is a flag's business, not a number
-                found[name] = Measured(variance * self.scale, signed * self.scale, pairs > 0)
-        return found
+    def _of_formats(self, adjoint: torch.Tensor) -> np.ndarray:
+        if not self.formats:
+            return _NOTHING
+        return self._of_errors(self.errors, adjoint.double(), self.squares)
+
+    def _of_errors(
+        self, errors: torch.Tensor, adjoint: torch.Tensor, squares: torch.Tensor | None = None
+    ) -> np.ndarray:
+        """Variance, signed square and products of equal elements (rows) by format (columns).
+
+        Args:
+            errors: of each sampled element, a row for every format.
+            adjoint: its derivative, float64.
+            squares: of the errors, if known.
+        """
+        squares = errors.square() if squares is None else squares
+        pairs = self._of_twins(errors, adjoint)
+        signed = (errors @ adjoint).square().cpu().numpy()
+        variance = (squares @ adjoint.square()).cpu().numpy() + pairs * self.scale
+        # Errors that agree grow with the number of elements, others with its root.
+        coherent = signed > self._doubt * variance
+        signed = np.where(coherent, signed * self.scale, np.minimum(signed, COHERENT**2 * variance))
+        return np.stack([variance, signed, pairs]) * self.scale
 
     @property
     def _doubt(self) -> float:
@@ -126,14 +148,14 @@ class Observation:
     @cached_property
     def _twins(self) -> torch.Tensor | None:
         """A number for every sampled element, the same for equal ones; None if few are equal."""
-        few = self.row[:: -(-len(self.row) // _GLANCE) or 1].sort().values
+        few = np.sort(self.row[:: -(-len(self.row) // _GLANCE) or 1].cpu().numpy())
         equal = (few[1:] == few[:-1]) & (few[1:] != 0)
-        if int(equal.sum()) <= _CHANCE * len(few):
+        if equal.sum() <= _CHANCE * len(few):
             return None
         different, numbers = torch.unique(self.row, return_inverse=True)
         return numbers if len(different) >= _MANY else None
 
-    def _of_twins(self, errors: torch.Tensor, adjoint: torch.Tensor) -> list[float]:
+    def _of_twins(self, errors: torch.Tensor, adjoint: torch.Tensor) -> np.ndarray:
         """Products of the effects of equal elements, by format; 0 where they could be chance.
 
         Elements that are equal, such as those of a token that occurs again, have equal errors,
@@ -145,7 +167,7 @@ class Observation:
         """
         twins = self._twins
         if twins is None:
-            return [0.0] * len(errors)
+            return np.zeros(len(errors))
         effects, groups = errors * adjoint, int(twins.max()) + 1
 
         def of_others(rows: torch.Tensor) -> torch.Tensor:
@@ -156,8 +178,18 @@ class Observation:
         squares = effects.square()
         chance = 2 * (squares * of_others(squares)).sum(1)
         counts = products > (self._doubt * chance).sqrt()
-        found: list[float] = torch.where(counts, products, 0.0).tolist()
+        found: np.ndarray = torch.where(counts, products, 0.0).cpu().numpy()
         return found
+
+
+def _named(names: Sequence[str], found: np.ndarray) -> dict[str, Measured]:
+    """What ``_of_errors`` found, by format; an overflow is a flag's business, not a number."""
+    columns = zip(names, found.T.tolist(), strict=True)
+    return {
+        name: Measured(variance, signed, pairs > 0)
+        for name, (variance, signed, pairs) in columns
+        if isfinite(variance + signed)
+    }
 
 
 def _matrix(rows: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -177,8 +209,10 @@ def sensitivity_of(
     """The record of a float32 tensor whose probe has one derivative, the same in every metric."""
     seen = Observation(values, [FORMATS[name] for name in formats])
     row = sampled(adjoint)
-    weight = np.repeat(seen.weight(row)[None], len(METRICS), axis=0)
-    return Sensitivity(weight, seen.amax, seen.count, seen.size, seen.measured(row))
+    outliers = find_outliers(values, adjoint, seen.row * row)
+    weight, measured = seen.effects(row, outliers, {})
+    rows = np.repeat(weight[None], len(METRICS), axis=0)
+    return Sensitivity(rows, seen.amax, seen.count, seen.size, measured)
 
 
 def update_loss(weights: Iterable[torch.Tensor], step: float, fmt: Format) -> float:

@@ -155,7 +155,7 @@ class Probe:
         for place in [place for place in self._watched if isinstance(place, tuple)]:
             self._settle(place)
         for seen in self._watched.values():
-            seen.exponents = None
+            seen.forget()
 
     def finish_rest(self) -> None:
         """The same for inputs and parameters; what no derivative reached is silent."""

@@ -9,9 +9,10 @@ import torch
 SAMPLE = 1 << 14
 """Elements of a tensor that are looked at, at the most; larger tensors are sampled evenly.
 
-The error that follows is good to about 1 % where all elements carry it, 4 % where a tenth do and
-13 % where a hundredth do (standard deviations over 60 draws of normal numbers). Reading all
-elements of all weights would cost more than the differentiation.
+Alone it would tell the error to 2 % where all elements carry it, 8 % where a tenth do and 26 %
+where a hundredth do (standard deviations over 60 draws of half a million normal numbers in bf16);
+with ``outliers`` it is 1 %, 3 % and 3 %. To round all elements of all weights would cost more than
+the differentiation.
 """
 
 GLANCE = 1 << 12
@@ -60,6 +61,28 @@ def sampled(values: torch.Tensor, most: int = SAMPLE) -> torch.Tensor:
         return still.reshape(-1)[::step].contiguous()
     where = _offsets(tuple(still.shape), still.stride(), step, still.device)
     return in_memory(still).index_select(0, where)
+
+
+def blocks_of_sample(values: torch.Tensor, block: int, most: int = SAMPLE) -> torch.Tensor:
+    """The number of the block that each sampled element is in.
+
+    Args:
+        values: the tensor.
+        block: elements that follow each other in memory, as if there were no gaps in it.
+        most: as for ``sampled``.
+    """
+    order, step = tuple(in_order(values)), _step(values.numel(), most)
+    return _blocks_of_sample(tuple(values.shape), order, step, block, values.device)
+
+
+@lru_cache(maxsize=128)
+def _blocks_of_sample(
+    shape: tuple[int, ...], order: tuple[int, ...], step: int, block: int, device: torch.device
+) -> torch.Tensor:
+    strides, size = [1] * len(shape), 1
+    for dimension in reversed(order):
+        strides[dimension], size = size, size * shape[dimension]
+    return _offsets(shape, tuple(strides), step, device) // block
 
 
 @dataclass(frozen=True, eq=False)
