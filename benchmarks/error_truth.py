@@ -5,13 +5,13 @@ Statistics come from one batch, errors are measured on another by running the ex
 * single roundings, site by site;
 * whole assignments drawn at random from the formats the plan may choose, and lawless ones drawn
   from all formats, vetoed ones included: every miss beyond 2x must have been flagged before;
-* fixed-count assignments: e4m3 in half of the linear layers' products, at random; also from the
-  statistics of eight batches, for the root mean square error of eight others;
+* fixed-count assignments: e4m3 in half of the linear layers' products, at random; also for the
+  root mean square error on eight batches, from the statistics of one and of eight others;
 * plans the solver chose at several budgets, verified on a second batch, measured on a third;
 * the same share of e4m3 products chosen by our error, by SQNR, by an op list, by weight error.
 
 Also what the analysis costs in time and memory against a plain forward and backward pass.
-Writes JSON after every model (finished ones are not run again) and a figure.
+Writes JSON after every stage of every model (finished ones are not run again) and a figure.
 Run: python benchmarks/error_truth.py -o error_truth.json
 """
 
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,8 +188,8 @@ def fixed_count_rows(it: Subject, count: int) -> Iterator[dict[str, Any]]:
     """Half of the linear products in e4m3, chosen at random.
 
     Measured on the first batch too: how well that ranks the errors of the second is as much as
-    any statistics of the first could tell. And predicted from several batches for several others,
-    of which the root mean square error is measured: what is left of chance in a single batch.
+    any statistics of the first could tell. And measured on several others, of which the root mean
+    square error has less of chance in it, predicted from the first batch or from several.
     """
     sites = linear_products(it)
     source = it.example.batches(0)
@@ -308,6 +308,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     pairs = [(row["predicted"], row["measured"]) for row in finite]
     further = {
         "spearman_of_first_batch": ("measured_first", "measured"),
+        "spearman_for_several": ("predicted", "measured_on_several"),
         "spearman_of_several": ("predicted_of_several", "measured_on_several"),
         "spearman_of_first_for_several": ("measured_first", "measured_on_several"),
     }
@@ -346,11 +347,22 @@ def _share(ratios: list[float], most: float) -> float | None:
     return sum(ratio <= most for ratio in ratios) / len(ratios) if ratios else None
 
 
-def examined(name: str, count: int, wanted: Sequence[str], progress: Progress) -> dict[str, Any]:
-    """Everything that is wanted about one model."""
+def examine(
+    name: str,
+    count: int,
+    wanted: Sequence[str],
+    record: dict[str, Any],
+    save: Callable[[], None],
+    progress: Progress,
+) -> None:
+    """Everything that is wanted about one model and not in its record yet, saved stage by stage.
+
+    What a stage draws depends on the stage alone.
+    """
     task = progress.add_task(f"{name}: analysis", total=None)
     it, cost = subject(MODELS[name]())
-    record: dict[str, Any] = {"cost": cost | memory_of(name), "refused": refused(it)}
+    if "cost" not in record:
+        record |= {"cost": cost | memory_of(name), "refused": refused(it)}
     stages: dict[str, tuple[int, Any]] = {
         "single": (count, lambda: single_rows(it, count)),
         "random": (count, lambda: (it.row(drawn(it, False)) for _ in range(count))),
@@ -359,19 +371,22 @@ def examined(name: str, count: int, wanted: Sequence[str], progress: Progress) -
         "plans": (len(BUDGETS), lambda: plan_rows(it)),
     }
     for stage, (total, rows) in stages.items():
-        if stage not in wanted:
+        if stage not in wanted or stage in record:
             continue
         progress.reset(task, total=total, description=f"{name}: {stage}")
-        record[stage] = []
+        it.dice, found = random.Random(stage), []
         for row in rows():
-            record[stage].append(row)
+            found.append(row)
             progress.advance(task)
+        record[stage] = found
         if stage != "plans":
-            record[f"{stage}_summary"] = summary(record[stage])
-    if "selection" in wanted:
+            record[f"{stage}_summary"] = summary(found)
+        save()
+    if "selection" in wanted and "selection" not in record:
+        it.dice = random.Random("selection")
         record["selection"] = selection_rows(it)
+        save()
     progress.update(task, description=f"{name}: done", total=1, completed=1)
-    return record
 
 
 def refused(it: Subject) -> dict[str, dict[str, str]]:
@@ -483,7 +498,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Run every model that the output file does not have yet."""
+    """Run every stage that the output file does not have yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("error_truth.json"))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -493,7 +508,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument(
         "--stages", nargs="+", choices=STAGES, default=STAGES,
-        help="what to do with models that the file does not have yet (default: everything)",
+        help="what to do with every model, unless the file has it (default: everything)",
     )  # fmt: skip
     parser.add_argument(
         "--only-cost", action="store_true",
@@ -516,6 +531,10 @@ def main() -> None:
         },
         "date": datetime.date.today().isoformat(),
     }
+
+    def save() -> None:
+        write_atomically(options.output, json.dumps(record, indent=1) + "\n")
+
     with Progress() as progress:
         for name in options.models:
             if options.only_cost:
@@ -524,11 +543,11 @@ def main() -> None:
                 known = record["models"].setdefault(name, {})
                 known |= {"cost": cost | memory_of(name), "refused": refused(it)}
                 progress.update(task, total=1, completed=1)
-            elif name not in record["models"]:
-                record["models"][name] = examined(
-                    name, options.assignments, options.stages, progress
-                )
-            write_atomically(options.output, json.dumps(record, indent=1) + "\n")
+                save()
+                continue
+            known = record["models"].setdefault(name, {})
+            if not all(stage in known for stage in options.stages):
+                examine(name, options.assignments, options.stages, known, save, progress)
     draw(record, options.output.with_suffix(".png"))
     for name, found in record["models"].items():
         print(name, found.get("random_summary", "no whole assignments"))
