@@ -315,7 +315,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         name: _spearman([(row[one], row[other]) for row in finite])
         for name, (one, other) in further.items()
-        if all(one in row for row in finite)
+        if all(one in row and other in row for row in finite)
     } | {
         "count": len(rows),
         "spearman": _spearman(pairs),
