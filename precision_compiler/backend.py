@@ -20,7 +20,7 @@ from precision_compiler.capture import capture, captured_alone
 from precision_compiler.compiler import Decision, as_target, decide, plan_for, rewrite
 from precision_compiler.errors import PlanError, PrecisionError
 from precision_compiler.fitting import check_plan
-from precision_compiler.joint import JointGraph, input_names, trace_joint
+from precision_compiler.joint import JointGraph, after_own_passes, input_names, trace_joint
 from precision_compiler.outcomes import Trial
 from precision_compiler.passes import EMULATE, REWRITE
 from precision_compiler.pipeline import Pass
@@ -104,12 +104,14 @@ class PrecisionBackend:
         parameters = [isinstance(value, nn.Parameter) for value in inputs]
         names = input_names(module)
         hook = _Rewrite(self.plan, names, parameters, not self._compiled, self.passes)
-        patches: dict[str, Any] = {"joint_custom_pre_pass": hook}
+        setting = "joint_custom_pre_pass"
+        patches: dict[str, Any] = {setting: after_own_passes(setting, hook)}
         if any(fmt != "fp32" for fmt in self.plan.assignment.values()):
             # Without it, kernels pass values on unrounded where plan and prediction have them
             # rounded: the error then is not the one that was predicted, and varies with fusion.
             patches["emulate_precision_casts"] = True
-            patches["joint_custom_post_pass"] = SplitCasts()
+            setting = "joint_custom_post_pass"
+            patches[setting] = after_own_passes(setting, SplitCasts())
         compiled = _compile(module, inputs, patches)
         self._compiled = self._compiled or torch.is_grad_enabled()
         return compiled

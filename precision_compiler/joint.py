@@ -2,6 +2,7 @@
 
 Inductor itself produces the graph: ``compile_fx`` runs with a stub in place of code generation
 and our hook at ``joint_custom_pre_pass``, so what is analysed here is what is compiled later.
+Passes that the user has put there run before it, both times.
 """
 
 import re
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
 from torch._subclasses import FakeTensor
 
 from precision_compiler.errors import CaptureError
@@ -201,7 +202,8 @@ def trace_joint(module: fx.GraphModule, inputs: Sequence[Any]) -> JointGraph:
         parts.append(Part(part, tuple(given), backward))
         return _Boxed(part)
 
-    patches = {"joint_custom_pre_pass": _Hook(keep), "fx_graph_cache": False}
+    hooks = after_own_passes("joint_custom_pre_pass", _Hook(keep))
+    patches = {"joint_custom_pre_pass": hooks, "fx_graph_cache": False}
     now = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
     with torch._functorch.config.patch(now):
         compile_fx(copied(module), list(inputs), inner_compile=stub, config_patches=patches)
@@ -209,6 +211,11 @@ def trace_joint(module: fx.GraphModule, inputs: Sequence[Any]) -> JointGraph:
     joint.inputs = [size_hint(v) if isinstance(v, torch.SymInt) else v for v in inputs]
     joint.saved, joint.parts = frozenset(saved), tuple(parts)
     return joint
+
+
+def after_own_passes(setting: str, ours: CustomGraphPass) -> list[Any]:
+    """The graph passes that the user has given Inductor under a setting, and one of ours behind."""
+    return [*get_custom_graph_passes(getattr(torch._inductor.config, setting)), ours]
 
 
 class _Boxed:

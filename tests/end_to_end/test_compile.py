@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn import functional
 
 import precision_compiler
@@ -173,6 +174,42 @@ def test_a_plan_of_fp32_everywhere_is_bit_identical_to_inductor() -> None:
     found, wanted = gradients(model, batch), gradients(reference, batch)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert torch.equal(model(*batch), reference(*batch))
+
+
+class Halves(CustomGraphPass):
+    """A user's pass: every GELU becomes its argument, halved; its gradient likewise."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.calls += 1
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.erf.default):
+            node.target, node.args = torch.ops.aten.mul.Tensor, (node.args[0], 0.0)
+
+    def uuid(self) -> str:
+        return "halves"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_users_own_passes_run_before_ours() -> None:
+    """And the plan is one of the graph that they leave behind."""
+    batch, before, after = batch_of(), Halves(), Halves()
+    model, plain = model_of(), model_of()
+    own = {"joint_custom_pre_pass": before, "joint_custom_post_pass": [after]}
+    with torch._inductor.config.patch(own):
+        captured = capture(model, batch)
+        seen = before.calls
+        names = [node.target for node in captured.joint.module.graph.nodes]
+        plan = precision_compiler.make_plan(model, batch, target="a100", budget=0.02)
+        loss = precision_compiler.compile(model, batch, plan=plan)(*batch)
+        loss.backward()
+        assert before.calls > seen > 0
+        assert after.calls > 0
+        expected = torch.compile(plain)(*batch)
+    assert torch.ops.aten.erf.default not in names
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+    assert loss.item() != pytest.approx(model_of()(*batch).item(), rel=1e-4)
 
 
 def test_without_a_batch_the_first_training_call_decides() -> None:
