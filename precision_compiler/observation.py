@@ -9,7 +9,7 @@ import torch
 
 from precision_compiler.formats import FORMATS, Format, largest_magnitude, quantised
 from precision_compiler.outliers import Outliers, find_outliers
-from precision_compiler.sampling import SAMPLE, sampled
+from precision_compiler.sampling import GLANCE, REPEATED, SAMPLE, sampled
 from precision_compiler.statistics import (
     COHERENT,
     EXPONENTS,
@@ -19,7 +19,7 @@ from precision_compiler.statistics import (
     unweighted,
 )
 
-_GLANCE, _CHANCE = 1 << 10, 0.01  # elements, and the share of them that may be equal by chance
+_CHANCE = 0.01  # share of the elements that may be equal by chance
 _NOTHING = np.zeros((3, 0))
 _MANY = 1 << 8  # different numbers, below which errors are a few draws, which is for `signed`
 
@@ -40,6 +40,7 @@ class Observation:
 
     Attributes:
         row: the sampled elements, float32.
+        most: how many they may be; above SAMPLE, equal ones are looked for.
         scale: elements of the tensor per sampled one.
         amax: largest magnitude of the tensor.
         formats: those that it is really rounded to.
@@ -52,7 +53,7 @@ class Observation:
         most: int = SAMPLE,
         amax: float | None = None,
     ) -> None:
-        self.row, self.size = sampled(values, most), values.numel()
+        self.row, self.size, self.most = sampled(values, most), values.numel(), most
         self.scale = self.size / max(1, self.row.numel())
         self.amax = largest_magnitude(values.detach()) if amax is None else amax
         self.exponents = binades(self.row)
@@ -72,6 +73,11 @@ class Observation:
     def squares(self) -> torch.Tensor:
         """Squares of ``errors``."""
         return self.errors.square()
+
+    @property
+    def insensitive(self) -> Sensitivity:
+        """The record of the tensor if nothing depends on it."""
+        return Sensitivity(unweighted(), self.amax, self.count, self.size)
 
     def weight(self, adjoint: torch.Tensor) -> np.ndarray:
         """``h^2`` by binade over the whole tensor, from sampled derivatives."""
@@ -148,9 +154,7 @@ class Observation:
     @cached_property
     def _twins(self) -> torch.Tensor | None:
         """A number for every sampled element, the same for equal ones; None if few are equal."""
-        few = np.sort(self.row[:: -(-len(self.row) // _GLANCE) or 1].cpu().numpy())
-        equal = (few[1:] == few[:-1]) & (few[1:] != 0)
-        if equal.sum() <= _CHANCE * len(few):
+        if self.most <= SAMPLE:
             return None
         different, numbers = torch.unique(self.row, return_inverse=True)
         return numbers if len(different) >= _MANY else None
@@ -197,19 +201,26 @@ def _matrix(rows: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(rows)).double()
 
 
-def insensitive(values: torch.Tensor, most: int = SAMPLE) -> Sensitivity:
-    """The record of a float32 tensor that nothing depends on, from ``most`` elements of it."""
-    seen = Observation(values, most=most)
-    return Sensitivity(unweighted(), seen.amax, seen.count, seen.size)
+def how_many(glance: torch.Tensor) -> int:
+    """How many elements of a tensor are to be looked at: more where equal ones may be among them.
+
+    Of pairs of equal elements, a sample of one in s has one in s^2.
+
+    Args:
+        glance: the tensor, sampled with at most GLANCE elements.
+    """
+    few = np.sort(glance.cpu().numpy())
+    equal = (few[1:] == few[:-1]) & (few[1:] != 0)
+    return REPEATED if equal.sum() > _CHANCE * len(few) else SAMPLE
 
 
 def sensitivity_of(
     values: torch.Tensor, adjoint: torch.Tensor, formats: Iterable[str] = ()
 ) -> Sensitivity:
     """The record of a float32 tensor whose probe has one derivative, the same in every metric."""
-    seen = Observation(values, [FORMATS[name] for name in formats])
-    row = sampled(adjoint)
-    outliers = find_outliers(values, adjoint, seen.row * row)
+    most = how_many(sampled(values, GLANCE))
+    seen, row = Observation(values, map(FORMATS.__getitem__, formats), most), sampled(adjoint, most)
+    outliers = find_outliers(values, adjoint, seen.row * row, most)
     weight, measured = seen.effects(row, outliers, {})
     rows = np.repeat(weight[None], len(METRICS), axis=0)
     return Sensitivity(rows, seen.amax, seen.count, seen.size, measured)
@@ -222,7 +233,7 @@ def update_loss(weights: Iterable[torch.Tensor], step: float, fmt: Format) -> fl
     """
     lost = total = 0.0
     for weight in weights:
-        seen = Observation(weight.detach().float())
+        seen = Observation(weight.detach().float(), most=REPEATED)
         spacing = np.exp2(np.maximum(EXPONENTS, fmt.min_exponent) - fmt.precision + 1.0)
         lost += float(seen.count[step < spacing / 2].sum()) * seen.scale
         total += seen.size

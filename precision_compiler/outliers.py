@@ -45,7 +45,7 @@ class Outliers:
 
 
 def find_outliers(
-    values: torch.Tensor, adjoint: torch.Tensor, seen: torch.Tensor
+    values: torch.Tensor, adjoint: torch.Tensor, seen: torch.Tensor, most: int
 ) -> Outliers | None:
     """Look at all elements of a tensor that is sampled.
 
@@ -53,6 +53,7 @@ def find_outliers(
         values: float32, of any shape and layout.
         adjoint: derivatives of its elements.
         seen: product of the two where they are sampled.
+        most: elements that are sampled, at the most.
 
     Returns:
         None where the sample is the whole tensor, and where nothing finite depends on it.
@@ -73,7 +74,7 @@ def find_outliers(
         return Outliers(y[:0].flatten(), h[:0].flatten(), None, whole, whole)
     top = shares.topk(_MOST).indices
     of_rest = torch.ones_like(shares).index_fill_(0, top, 0.0)
-    others = of_rest.index_select(0, blocks_of_sample(values, _BLOCK))
+    others = of_rest.index_select(0, blocks_of_sample(values, _BLOCK, most))
     rest = _ratio(float(shares @ of_rest), scale * float(known @ others))
     values, adjoint = y.index_select(0, top).flatten(), h.index_select(0, top).flatten()
     return Outliers(values, adjoint, others, whole, rest)

@@ -25,7 +25,7 @@ from precision_compiler.graph import (
 )
 from precision_compiler.joint import JointGraph
 from precision_compiler.links import Links
-from precision_compiler.observation import insensitive
+from precision_compiler.observation import Observation, how_many
 from precision_compiler.operand_errors import OperandErrors
 from precision_compiler.reductions import selects
 from precision_compiler.replay import execute
@@ -98,6 +98,7 @@ class Probe:
         self._watched: dict[_Place, Watched] = {}
         self._constants: list[torch.Tensor] = []
         self._seen: dict[_Place, Sensitivity] = {}
+        self._most: dict[_Place, int] = {}
         self.stores: dict[str, Sensitivity] = {}
         self.operands: dict[Edge, Sensitivity] = {}
         self.internals: dict[tuple[str, int], Sensitivity] = {}
@@ -200,7 +201,7 @@ class Probe:
             root, *views = chain
             value = values(root)
             if root not in self._seen:
-                self._seen[root] = insensitive(value, GLANCE)
+                self._glance(root, value)
             if (site, index) not in self._block_errors and is_matrix_product(node):
                 self._block_errors[site, index] = self._in_blocks(node, index, chain, values)
             if not torch.is_grad_enabled():
@@ -222,7 +223,8 @@ class Probe:
         axis, found = -1 if index == rule.operands[0] else -2, {}
         role = self._links.contractions[self._sites[node]].role
         content = self._provenance.content(root)
-        places = sampled_places(leaf, still)
+        most = self._most[root]
+        places = sampled_places(leaf, still, most)
         few = None if places is None else OperandErrors(still, places, axis, content)
         for fmt in self._blocks:
             if reason_against_recipe(fmt.name, role, still.shape[axis]):
@@ -238,14 +240,13 @@ class Probe:
                 operand = _shown(moving, root, views, values)
             # The derivative of a view puts its elements back where they lie in the root.
             (moved,) = torch.autograd.grad(operand, moving, error)
-            found[fmt.name] = sampled(moved).clone()
+            found[fmt.name] = sampled(moved, most).clone()
         return found
 
     def _tap_inside(self, site: str, counter: Iterator[int], value: torch.Tensor) -> torch.Tensor:
         place = site, next(counter)
         if place not in self._seen:
-            self._seen[place] = seen = insensitive(value, GLANCE)
-            self.internals[place] = seen
+            self.internals[place] = self._glance(place, value)
         if not torch.is_grad_enabled():
             return value
         edge = value.view_as(value)
@@ -260,7 +261,8 @@ class Probe:
         def arrived(adjoint: torch.Tensor | None) -> None:
             if adjoint is not None:  # autograd has no tensor for some derivatives that are zero
                 if place not in self._watched:
-                    self._watched[place] = Watched(kept, self._seen[place].amax)
+                    amax, most = self._seen[place].amax, self._most[place]
+                    self._watched[place] = Watched(kept, amax, most)
                 self._watched[place].take(key, self.metric, adjoint)
 
         value.register_hook(arrived)  # type: ignore[no-untyped-call]
@@ -286,11 +288,17 @@ class Probe:
                 ((self._sites[place], name), found) for name, found in weighed.items()
             )
 
+    def _glance(self, place: _Place, value: torch.Tensor) -> Sensitivity:
+        seen = Observation(value, most=GLANCE)
+        self._most[place] = how_many(seen.row)
+        self._seen[place] = found = seen.insensitive
+        return found
+
     def _look(self, node: fx.Node, value: Any, args: tuple[Any, ...], values: Values) -> None:
         """What the first run shows: ranges, sums of one sign, exact roundings."""
         if not is_float32(node) or not isinstance(value, torch.Tensor) or is_movement(node):
             return
-        self._seen[node] = seen = insensitive(value, GLANCE)
+        seen = self._glance(node, value)
         facts = facts_of(node)
         if facts is not None and node not in self._stored:
             self.ranges[facts.name] = seen

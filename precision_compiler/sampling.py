@@ -6,14 +6,17 @@ from math import gcd, prod
 
 import torch
 
-SAMPLE = 1 << 14
+SAMPLE = 1 << 13
 """Elements of a tensor that are looked at, at the most; larger tensors are sampled evenly.
 
-Alone it would tell the error to 2 % where all elements carry it, 8 % where a tenth do and 26 %
+Alone it would tell the error to 4 % where all elements carry it, 11 % where a tenth do and 35 %
 where a hundredth do (standard deviations over 60 draws of half a million normal numbers in bf16);
-with ``outliers`` it is 1 %, 3 % and 3 %. To round all elements of all weights would cost more than
-the differentiation.
+with ``outliers`` it is 1.4, 3 and 6 %. Of real rounding, for formats with a scale, 4, 9 and 13 %.
+To round all elements of all weights would cost more than the differentiation.
 """
+
+REPEATED = 1 << 16
+"""The same for tensors with equal elements."""
 
 GLANCE = 1 << 12
 """The same for tensors that only their range is asked of."""

@@ -33,6 +33,7 @@ class Watched:
     Attributes:
         value: the tensor.
         amax: its largest magnitude.
+        most: elements that are sampled, at the most.
         gradient: samples of the derivatives of the gradient's objective.
         outliers: what those samples do not tell.
         others: of other objectives, which no pairs are made of, ``h^2`` by binade.
@@ -40,6 +41,7 @@ class Watched:
 
     value: torch.Tensor
     amax: float
+    most: int
     gradient: dict[Key, torch.Tensor] = field(default_factory=dict)
     outliers: dict[Key, Outliers | None] = field(default_factory=dict)
     others: dict[tuple[Key, int], np.ndarray] = field(default_factory=dict)
@@ -47,7 +49,7 @@ class Watched:
     @cached_property
     def row(self) -> torch.Tensor:
         """The sampled elements."""
-        return sampled(self.value)
+        return sampled(self.value, self.most)
 
     @cached_property
     def exponents(self) -> torch.Tensor:
@@ -61,17 +63,17 @@ class Watched:
 
     def take(self, key: Key, metric: int, adjoint: torch.Tensor) -> None:
         """Look at a derivative that arrived; the tensor itself is not kept."""
-        row = sampled(adjoint)
+        row = sampled(adjoint, self.most)
         if metric == 0:
             self.gradient[key] = row.clone() if row.data_ptr() == adjoint.data_ptr() else row
-            self.outliers[key] = find_outliers(self.value, adjoint, row * self.row)
+            self.outliers[key] = find_outliers(self.value, adjoint, row * self.row, self.most)
             return
         scale = self.value.numel() / max(1, row.numel())
         self.others[key, metric] = binned(self.exponents, row.double().square()) * scale
 
     def observed(self, formats: Sequence[Format]) -> Observation:
         """The tensor as it is rounded to every format."""
-        return Observation(self.value, formats, amax=self.amax)
+        return Observation(self.value, formats, self.most, self.amax)
 
     @property
     def readers(self) -> list[Key]:

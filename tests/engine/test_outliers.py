@@ -34,7 +34,7 @@ def with_sinks(seed: int, count: int, loud: float) -> tuple[Tensor, Tensor]:
 
 
 def found(values: Tensor, adjoint: Tensor) -> Outliers | None:
-    return find_outliers(values, adjoint, sampled(values) * sampled(adjoint))
+    return find_outliers(values, adjoint, sampled(values) * sampled(adjoint), SAMPLE)
 
 
 def real_variance(values: Tensor, adjoint: Tensor, name: str) -> float:
@@ -89,12 +89,12 @@ def test_sum_is_good_to_a_few_per_cent_however_few_elements_carry_it(share: floa
         adjoint *= torch.rand(1 << 19, generator=dice) < share
         outliers = found(values, adjoint)
         assert outliers is not None
-        assert (outliers.others is None) == (share > 0.01)
+        assert (outliers.others is None) == (share == 1.0)
         exact = (adjoint.double() * ulp(values, FORMATS["bf16"])).square().sum() / 12
         ratios.append(sensitivity_of(values, adjoint).variance(FORMATS["bf16"]) / float(exact))
-    assert max(abs(ratio - 1) for ratio in ratios) < 0.12
-    assert float(torch.tensor(ratios).std()) < 0.05
-    assert float(torch.tensor(ratios).mean()) == pytest.approx(1.0, abs=0.02)
+    assert max(abs(ratio - 1) for ratio in ratios) < 0.2
+    assert float(torch.tensor(ratios).std()) < 0.08
+    assert float(torch.tensor(ratios).mean()) == pytest.approx(1.0, abs=0.03)
 
 
 def test_further_formats_are_as_much_larger_as_the_tensor_is_than_its_sample() -> None:
@@ -110,7 +110,7 @@ def test_further_formats_are_as_much_larger_as_the_tensor_is_than_its_sample() -
 
 def test_readers_that_share_an_outlier_go_together_as_far_as_they_do() -> None:
     values, adjoint = with_sinks(1, 3, 300.0)
-    watched, amax = Watched(values, float(values.abs().max())), FORMATS["e4m3"]
+    watched, amax = Watched(values, float(values.abs().max()), SAMPLE), FORMATS["e4m3"]
     watched.take(("a", 0), 0, adjoint)
     watched.take(("b", 0), 0, 2 * adjoint)
     observed = watched.observed([amax])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from precision_compiler.formats import FORMATS, Format, round_to, ulp
-from precision_compiler.observation import insensitive, sensitivity_of, update_loss
+from precision_compiler.observation import Observation, sensitivity_of, update_loss
 from precision_compiler.statistics import METRICS, Sensitivity
 
 SMALLEST = 2.0**-126
@@ -152,10 +152,10 @@ def test_float32_costs_nothing_that_matters() -> None:
 
 
 def test_zero_tensor_needs_no_scale() -> None:
-    assert insensitive(torch.zeros(3)).scale_exponent(FORMATS["e4m3"]) == 0
-    assert insensitive(torch.tensor([448.0])).scale_exponent(FORMATS["e4m3"]) == 0
-    assert insensitive(torch.tensor([449.0])).scale_exponent(FORMATS["e4m3"]) == -1
-    assert insensitive(torch.tensor([1e9])).scale_exponent(BF16) == 0
+    assert Observation(torch.zeros(3)).insensitive.scale_exponent(FORMATS["e4m3"]) == 0
+    assert Observation(torch.tensor([448.0])).insensitive.scale_exponent(FORMATS["e4m3"]) == 0
+    assert Observation(torch.tensor([449.0])).insensitive.scale_exponent(FORMATS["e4m3"]) == -1
+    assert Observation(torch.tensor([1e9])).insensitive.scale_exponent(BF16) == 0
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -169,7 +169,7 @@ def test_flushed_share_is_counted_but_for_powers_of_two_that_are_half_the_smalle
         values = values.sign() * torch.exp2(torch.frexp(values)[1].float())
     values = values[values != 0.0]
     zero = float((values.double() + real_errors(values, fmt) == 0.0).double().mean())
-    seen = insensitive(values)
+    seen = Observation(values).insensitive
     binade = fmt.min_exponent - fmt.precision - seen.scale_exponent(fmt)
     ties = float((values.abs() == 2.0**binade).double().mean())
     assert zero - seen.flushed(fmt) == pytest.approx(ties, abs=1e-12)
