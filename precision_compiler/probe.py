@@ -45,6 +45,8 @@ from precision_compiler.statistics import (
 from precision_compiler.tape import Values
 from precision_compiler.watched import Key, Watched
 
+_KEPT = torch.bfloat16  # squares of rounding errors are needed to a per cent
+
 _Place = fx.Node | tuple[str, int]
 """Where a tensor is: the node that computed it, or inside a site, by number."""
 
@@ -214,7 +216,10 @@ class Probe:
     def _in_blocks(
         self, node: fx.Node, index: int, chain: Sequence[fx.Node], values: Values
     ) -> dict[str, torch.Tensor]:
-        """Errors of rounding an operand with scales along the sum, where its root is sampled."""
+        """Errors of rounding an operand with scales along the sum, where its root is sampled.
+
+        They are kept until derivatives arrive, which would be the most memory after autograd's.
+        """
         rule, (root, *views) = contraction_rule(node), chain
         if not self._blocks or rule is None or index not in rule.operands:
             return {}
@@ -232,7 +237,7 @@ class Probe:
             dice, how = torch.Generator(still.device), SCALED_FORMATS[fmt.name]
             dice.manual_seed(len(self._block_errors))
             if few is not None and not how.rotated:
-                found[fmt.name] = few.of(how, dice)
+                found[fmt.name] = few.of(how, dice).to(_KEPT)
                 continue
             error = quantised(still, fmt, None, axis, content, dice) - still
             with torch.enable_grad():
@@ -240,7 +245,7 @@ class Probe:
                 operand = _shown(moving, root, views, values)
             # The derivative of a view puts its elements back where they lie in the root.
             (moved,) = torch.autograd.grad(operand, moving, error)
-            found[fmt.name] = sampled(moved, most).clone()
+            found[fmt.name] = sampled(moved, most).to(_KEPT)
         return found
 
     def _tap_inside(self, site: str, counter: Iterator[int], value: torch.Tensor) -> torch.Tensor:
