@@ -106,10 +106,8 @@ class Observation:
             weight, found = self.weight(adjoint), self._of_formats(adjoint)
         else:
             rest = adjoint if outliers.others is None else adjoint * outliers.others
-            weight, found = (
-                self.weight(rest) * outliers.rest,
-                self._of_formats(rest) * outliers.rest,
-            )
+            weight = self.weight(rest) * outliers.rest
+            found = self._of_formats(rest) * outliers.rest
             further = further * outliers.whole
             if outliers.others is not None:
                 few = Observation(outliers.values, self.formats, amax=self.amax)

@@ -20,6 +20,7 @@ from precision_compiler.links import find_links
 from precision_compiler.passes.analyse.measure_sensitivity import MeasureSensitivity
 from precision_compiler.pipeline import Unit
 from precision_compiler.replay import execute, gradients_of, relative_error
+from precision_compiler.sampling import sampled
 from precision_compiler.statistics import Sensitivity, Statistics
 from tests import models
 from tests.helpers import graph, joint_of, machine
@@ -148,6 +149,41 @@ class Slope(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x @ self.weight).sum()
+
+
+class Sinks(nn.Module):
+    """A layer of which some tokens decide the loss, each by one loud channel."""
+
+    share: Tensor
+
+    def __init__(self, tokens: int, loud: Tensor) -> None:
+        super().__init__()
+        self.linear = nn.Linear(256, 64, bias=False)
+        self.gain = nn.Parameter(torch.ones(256))
+        self.register_buffer("share", torch.ones(tokens, 1).index_fill(0, loud, 300))
+
+    def forward(self, x: Tensor) -> Tensor:
+        loss: Tensor = (self.share * self.linear(x * self.gain).square()).mean()
+        return loss
+
+
+@pytest.mark.parametrize("fmt", ["e5m2", "e4m3"])
+def test_error_that_elements_outside_of_the_sample_cause_is_predicted(fmt: str) -> None:
+    tokens, width = 512, 256
+    seen = sampled(torch.arange(float(tokens * width)).view(tokens, width)).long()
+    unseen = torch.ones(tokens * width, dtype=torch.bool).index_fill(0, seen, False)
+    loud, channels = torch.arange(0, tokens, 8), torch.arange(0, width, 4)
+    hidden = unseen.view(tokens, width)[loud, channels]
+    loud, channels = loud[hidden], channels[hidden]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x = torch.randn(tokens, width) * 0.1
+        x[loud, channels] = torch.randn(len(loud)).sign() * torch.linspace(8, 15, len(loud))
+        found = roundings(capture(Sinks(tokens, loud), (x,)), FORMATS[fmt], 1)
+    assert len(loud) > 50
+    assert {"linear.fprop[0]", "linear.wgrad[1]", "mul.store"} <= {label for label, *_ in found}
+    for label, predicted, real in found:
+        assert 0.5 < predicted / real < 2, label
 
 
 def test_error_of_a_linear_loss_is_the_error_of_the_inputs() -> None:
