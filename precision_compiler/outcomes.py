@@ -108,7 +108,7 @@ class Verification:
         measured: the errors of the plan as it is.
         held_out: whether the batch had no part in the calibration.
         rounds: times the plan was measured.
-        raised: factors by which predicted variances of sites were multiplied in between.
+        raised: by site and format, factors by which predicted variances were multiplied in between.
         passed: whether the measured error is within the budget and 1.5 times the prediction.
     """
 
@@ -117,7 +117,7 @@ class Verification:
     measured: MeasuredError
     held_out: bool
     rounds: int
-    raised: Mapping[str, float]
+    raised: Mapping[str, Mapping[str, float]]
     passed: bool
 
 

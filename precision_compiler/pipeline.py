@@ -58,7 +58,7 @@ class Unit:
         overrides: formats that the user insists on, by glob over site names.
         flags: what may go wrong.
         vetoes: why a (site or node, format) is ruled out.
-        raised: factors on predicted variances that verification asked for, by site.
+        raised: factors on predicted variances that verification asked for, by site and format.
         kernels: what the graph compiles to.
         contraction_prices, store_prices, cast_prices, fixed_seconds: as in ``Prices``.
         baseline: torch.autocast's policy as an assignment.
@@ -80,7 +80,7 @@ class Unit:
     overrides: Mapping[str, str] = field(default_factory=dict)
     flags: list[Flag] = field(default_factory=list)
     vetoes: dict[tuple[str, str], str] = field(default_factory=dict)
-    raised: dict[str, float] = field(default_factory=dict)
+    raised: dict[str, dict[str, float]] = field(default_factory=dict)
     kernels: tuple[Kernel, ...] = ()
     fixed_seconds: float = 0.0
     contraction_prices: Table = field(default_factory=dict)
@@ -133,7 +133,7 @@ class Unit:
             options,
             prices,
             self.statistics,
-            dict(self.raised),
+            {site: dict(factors) for site, factors in self.raised.items()},
             self._saved(),
             self.most_bytes,
         )
@@ -168,10 +168,11 @@ class Unit:
         twin.__dict__.update({name: getattr(self, name) for name in found})
         return twin
 
-    def raise_sites(self, factors: Mapping[str, float]) -> None:
-        """Multiply predicted variances of sites; the problem is posed anew."""
-        for site, factor in factors.items():
-            self.raised[site] = self.raised.get(site, 1.0) * factor
+    def raise_predictions(self, factors: Mapping[tuple[str, str], float]) -> None:
+        """Multiply predicted variances, by (site, format); the problem is posed anew."""
+        for (site, name), factor in factors.items():
+            known = self.raised.setdefault(site, {})
+            known[name] = known.get(name, 1.0) * factor
         self.__dict__.pop("problem", None)
 
     def formats_for(self, kind: str) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from precision_compiler.tables import Tables
 if TYPE_CHECKING:
     from precision_compiler.explain import Explanation
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ class Problem:
         options: formats each site may have, vetoed ones left out.
         prices: seconds.
         statistics: calibration.
-        raised: factors on the predicted variance of sites that verification found to be worse.
+        raised: by site and format, factors on predicted variances that verification found to be
+            larger.
         saved: what the backward pass needs of the forward pass.
         most_bytes: limit on ``stored_bytes``.
     """
@@ -101,20 +102,20 @@ class Problem:
     options: Mapping[str, tuple[str, ...]]
     prices: Prices
     statistics: Statistics
-    raised: Mapping[str, float] = field(default_factory=dict)
+    raised: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     saved: "Saved" = field(default_factory=lambda: Saved({}, frozenset(), 0.0))
     most_bytes: float = inf
     _cache: dict[tuple[object, str, int], float] = field(default_factory=dict, repr=False)
 
     def store_variance(self, store: str, name: str, metric: int = 0) -> float:
         """Error variance of keeping a tensor in a format."""
-        return self._variance(("store", store), name, metric) * self.factor(store)
+        return self._variance(("store", store), name, metric) * self.factor(store, name)
 
     def link_variance(self, link: Link, name: str, metric: int = 0) -> float:
         """Error variance of one contraction argument rounded to a format."""
         key = (link.contraction, link.argument)
         rounded = argument_format(link, name)
-        return self._variance(key, rounded, metric) * self.factor(link.contraction)
+        return self._variance(key, rounded, metric) * self.factor(link.contraction, name)
 
     def internal_variance(self, contraction: str, name: str, metric: int = 0) -> float:
         """Error variance of a contraction's own intermediate results in a format.
@@ -125,11 +126,11 @@ class Problem:
         summed = self.statistics.accumulations.get((contraction, name))
         if summed is not None and metric == 0:
             found += summed.variance
-        return found * self.factor(contraction)
+        return found * self.factor(contraction, name)
 
-    def factor(self, site: str) -> float:
-        """What verification multiplies a site's predicted variance by."""
-        return self.raised.get(site, 1.0)
+    def factor(self, site: str, name: str) -> float:
+        """What verification multiplies a site's predicted variance in a format by."""
+        return self.raised.get(site, {}).get(name, 1.0)
 
     @cached_property
     def pairs(self) -> tuple[tuple[Link, Link, Correlation], ...]:
@@ -153,7 +154,7 @@ class Problem:
 
     def pair_variance(self, first: Link, second: Link, pair: Correlation, name: str) -> float:
         """What two readers in one format add to the sum of their variances."""
-        factor = self.factor(first.contraction) * self.factor(second.contraction)
+        factor = self.factor(first.contraction, name) * self.factor(second.contraction, name)
         return float(2.0 * pair.covariance(CHOICES[name]) * factor**0.5)
 
     def exact_sources(self, store: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from precision_compiler.journal import Journal
 from precision_compiler.outcomes import MeasuredError, Verification
 from precision_compiler.passes import CHOOSE, EMULATE
 from precision_compiler.pipeline import Pipeline, Progress, Unit, silent
+from precision_compiler.problem import entry_format
 from precision_compiler.replay import gradients_of, relative_error
 from precision_compiler.statistics import METRICS
 
@@ -93,9 +94,9 @@ def verify_plan(
 
     1. It passes where the measured error is within the budget and 1.5 times the prediction. A
        plan that rounds nothing may differ by float32's own epsilon: threads add in any order.
-    2. Otherwise, also where only the budget is exceeded, groups of like sites are measured alone,
-       and those that err by more than 1.5 times their prediction have their variances multiplied
-       by what was found.
+    2. Otherwise, also where only the budget is exceeded, groups of like sites are measured alone.
+       Those that err by more than 1.5 times their prediction are measured in every other format
+       that they may have, too, and their variances in such formats multiplied by what was found.
     3. Where no group stands out, the variances of all sites are multiplied by measured over
        predicted.
 
@@ -117,9 +118,10 @@ def verify_plan(
         if passed or turn > ROUNDS or not rounded:
             break
         progress(f"Correct the prediction and solve again, round {turn}")
-        unit.raise_sites(_corrections(truth, unit, found))
+        unit.raise_predictions(_corrections(truth, unit, found))
         Pipeline(CHOOSE, given=CHOOSE[0].reads).run(unit)
-    return Verification(found, held_out, turn, dict(unit.raised), passed)
+    raised = {site: dict(factors) for site, factors in unit.raised.items()}
+    return Verification(found, held_out, turn, raised, passed)
 
 
 def _measured(truth: Truth, unit: Unit, assignment: Mapping[str, str]) -> MeasuredError:
@@ -128,30 +130,49 @@ def _measured(truth: Truth, unit: Unit, assignment: Mapping[str, str]) -> Measur
     return truth.measure(assignment, problem.error(assignment), sigma)
 
 
-def _corrections(truth: Truth, unit: Unit, found: MeasuredError) -> dict[str, float]:
-    """Factors on the variances of sites."""
-    factors: dict[str, float] = {}
-    for label, sites in _groups(unit).items():
-        alone = {site: fmt if site in sites else "fp32" for site, fmt in unit.assignment.items()}
-        ratio = _measured(truth, unit, alone).ratio
-        if ratio > MISS:
-            unit.journal.note(_STEP, f"{label}: {ratio:.2f} times the predicted error, raised")
-            factors |= dict.fromkeys(sites, min(ratio, MOST) ** 2)
+def _corrections(truth: Truth, unit: Unit, found: MeasuredError) -> dict[tuple[str, str], float]:
+    """Factors on the variances of sites, by site and format."""
+    factors: dict[tuple[str, str], float] = {}
+    for (label, fmt), sites in _groups(unit).items():
+        ratios = {fmt: _ratio_alone(truth, unit, sites, fmt)}
+        if ratios[fmt] > MISS:
+            # Else the solver would go over to other formats, which may be as underrated.
+            others = _alternatives(unit, sites) - {fmt}
+            ratios |= {name: _ratio_alone(truth, unit, sites, name) for name in sorted(others)}
+        for name, ratio in ratios.items():
+            if ratio > MISS:
+                message = f"{label} in {name}: {ratio:.2f} times the predicted error, raised"
+                unit.journal.note(_STEP, message)
+                factors |= {(site, name): min(ratio, MOST) ** 2 for site in sites}
     if factors:
         return factors
     worst = max(found.ratio, found.gradient_error / unit.budget.limit if unit.budget.limit else 1.0)
     unit.journal.note(_STEP, f"all predictions raised {worst:.2f} times")
     # Sites that are float32 now too: else the solver would go over to them, as underrated as these.
-    return dict.fromkeys(unit.assignment, min(worst, MOST) ** 2)
+    options = unit.problem.options
+    every = [(site, name) for site, names in options.items() for name in names if name != "fp32"]
+    return dict.fromkeys(every, min(worst, MOST) ** 2)
 
 
-def _groups(unit: Unit) -> dict[str, list[str]]:
-    """Sites that are rounded, by kind, role, operation and format."""
-    groups: dict[str, list[str]] = defaultdict(list)
+def _ratio_alone(truth: Truth, unit: Unit, sites: Sequence[str], name: str) -> float:
+    """Measured over predicted error where nothing is rounded but some sites, if they may be."""
+    able = [site for site in sites if name in unit.problem.options[site]]
+    return _measured(truth, unit, unit.problem.uniform() | dict.fromkeys(able, name)).ratio
+
+
+def _alternatives(unit: Unit, sites: Sequence[str]) -> set[str]:
+    """Formats that are allowed at any of some sites and round stored tensors."""
+    options = unit.problem.options
+    return {name for site in sites for name in options[site] if entry_format(name) != "fp32"}
+
+
+def _groups(unit: Unit) -> dict[tuple[str, str], list[str]]:
+    """Sites that are rounded, by (kind, role and operation) and format."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for site in unit.joint.sites:
         fmt = unit.assignment[site.name]
         if fmt != "fp32":
-            groups[f"{site.op} {site.role} in {fmt}"].append(site.name)
+            groups[f"{site.op} {site.role}", fmt].append(site.name)
     return groups
 
 

@@ -57,7 +57,7 @@ verifications = st.builds(
     measured,
     held_out=st.booleans(),
     rounds=st.integers(1, 4),
-    raised=st.dictionaries(words, amounts, max_size=2),
+    raised=st.dictionaries(words, st.dictionaries(words, amounts, max_size=2), max_size=2),
     passed=st.booleans(),
 )
 flags = st.builds(

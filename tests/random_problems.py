@@ -148,7 +148,11 @@ def problems(
             (name, "e4m3"): Accumulated(1e-3, 1.0) for name in contractions if draw(rarely)
         },
     )
-    raised = {name: draw(factors) for name in options if draw(rarely)}
+    raised = {
+        name: {fmt: draw(factors) for fmt in formats if draw(rarely)}
+        for name, formats in options.items()
+        if draw(rarely)
+    }
     links = Links(contractions, stores, reads, results)
     return Described(links, options, prices, statistics, raised)
 

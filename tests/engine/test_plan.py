@@ -69,7 +69,7 @@ def test_plan_that_overflows_on_a_held_out_batch_can_be_read_again(scale: float)
 def test_file_is_json_that_people_can_read(tmp_path: Path) -> None:
     planned("mlp").save(tmp_path / "plan.json")
     record = json.loads((tmp_path / "plan.json").read_text())
-    assert record["schema_version"] == 3
+    assert record["schema_version"] == 4
     assert set(record) == {field.name for field in dataclasses.fields(Plan)}
 
 
@@ -146,15 +146,15 @@ def _error_or_plan(text: bytes) -> None:
         (b"[]", "is not a plan"),
         (b"3", "is not a plan"),
         (b"null", "is not a plan"),
-        (b"{}", "has schema version None, this program reads 3"),
-        (b'{"schema_version": 1}', "has schema version 1, this program reads 3"),
-        (b'{"schema_version": 3}', "is corrupt at target: Field required"),
+        (b"{}", "has schema version None, this program reads 4"),
+        (b'{"schema_version": 1}', "has schema version 1, this program reads 4"),
+        (b'{"schema_version": 4}', "is corrupt at target: Field required"),
         (b"\x89PNG\r\n", "is not a plan"),
         (b"\xff\xfe\x00", "is not a plan"),
-        (b'{"schema_version": 3, "target": NaN}', "is not a plan (the number NaN is not finite)"),
-        (b'{"schema_version": 3, "a": 1e999}', "is not a plan (the number 1e999 is not finite)"),
+        (b'{"schema_version": 4, "target": NaN}', "is not a plan (the number NaN is not finite)"),
+        (b'{"schema_version": 4, "a": 1e999}', "is not a plan (the number 1e999 is not finite)"),
         (b"[" * 100_000, "is not a plan"),
-        (b'{"schema_version": 3, "target": ' + b"[" * 100_000, "is not a plan"),
+        (b'{"schema_version": 4, "target": ' + b"[" * 100_000, "is not a plan"),
     ],
 )
 def test_no_plan_is_a_plan_error(text: bytes, message: str) -> None:

@@ -267,7 +267,7 @@ FREE = dict.fromkeys(FORMATS, 0.0)
 
 def test_raised_factors_multiply_all_that_a_site_is_blamed_for(problem: Problem) -> None:
     known = correlated(problem, (("c2", 0), BOTH[0], 0.5))
-    raised = replace(known, raised={"c3": 9.0, "s1": 4.0})
+    raised = replace(known, raised={"c3": {"bf16": 9.0}, "s1": {"fp16": 4.0, "bf16": 7.0}})
     read = known.uniform() | {"c2": "bf16", "c3": "bf16"}
     before, after = known.variances(read), raised.variances(read)
     # two arguments, two intermediate results; the covariance by the root of both factors
@@ -277,6 +277,8 @@ def test_raised_factors_multiply_all_that_a_site_is_blamed_for(problem: Problem)
     kept = known.uniform() | {"s1": "fp16"}
     assert raised.error(kept) == pytest.approx(2 * known.error(kept))
     assert raised.seconds(read) == known.seconds(read)
+    other = known.uniform() | {"c3": "fp16"}
+    assert raised.error(other) == known.error(other)
 
 
 def test_result_follows_a_contraction_that_fixes_it(problem: Problem) -> None:

@@ -172,14 +172,14 @@ def test_group_that_is_underrated_is_found_raised_and_the_new_plan_meets_the_bud
     assert found.measured.predicted_gradient_error == unit.problem.error(unit.assignment)
     assert found.raised == unit.raised
     assert set(found.raised) == underrated
-    assert all(factor == pytest.approx(100.0, rel=0.25) for factor in found.raised.values())
+    for site, factors in found.raised.items():
+        assert set(factors) == set(unit.problem.options[site]) - {"fp32", "tf32"}
+        assert all(factor == pytest.approx(100.0, rel=0.4) for factor in factors.values())
     first, *raised, last = story(unit)
     for line in (first, last):
         assert line.startswith("on a held-out batch the gradient errs by")
     for line in raised:
-        assert re.search(
-            rf" {role} in (bf16|e4m3): [\d.]+ times the predicted error, raised$", line
-        )
+        assert re.search(rf" {role} in \w+: [\d.]+ times the predicted error, raised$", line)
 
 
 def test_a_group_is_looked_for_where_only_the_budget_is_exceeded() -> None:
@@ -192,7 +192,7 @@ def test_a_group_is_looked_for_where_only_the_budget_is_exceeded() -> None:
     worst = max(groups, key=lambda name: unit.problem.error(only(unit, groups[name])))
     underrate(unit, groups[worst], 2.0**2)
     found = verify_plan(unit, captured("llama"), held_out=False)
-    before, line, _ = story(unit)
+    before, line, *_ = story(unit)
     errs, predicted = map(float, re.findall(r"(?:errs by|predicted) (0\.\d+),", before)[:2])
     assert 0.05 < errs < MISS * predicted
     assert re.fullmatch(rf"{worst} in e4m3: 2\.\d+ times the predicted error, raised", line)
@@ -211,7 +211,8 @@ def test_where_everything_is_underrated_everything_is_raised() -> None:
     found = verify_plan(unit, captured("mlp"), held_out=False)
     assert found.passed
     assert set(found.raised) == chosen
-    assert all(factor == pytest.approx(100.0, rel=0.3) for factor in found.raised.values())
+    for factors in found.raised.values():
+        assert all(factor == pytest.approx(100.0, rel=0.4) for factor in factors.values())
     assert found.measured.gradient_error <= 0.02
 
 
@@ -228,7 +229,7 @@ def test_where_no_group_stands_out_all_predictions_are_raised_alike() -> None:
     assert (found.passed, found.rounds) == (True, 2)
     assert 0.8 < found.measured.ratio <= 1.0
     assert set(found.raised) == sites
-    (factor,) = set(found.raised.values())
+    (factor,) = {factor for factors in found.raised.values() for factor in factors.values()}
     assert factor == pytest.approx(1.1**2, rel=0.1)
     assert story(unit)[1] == f"all predictions raised {factor**0.5:.2f} times"
 

@@ -20,7 +20,7 @@ function explanation(site, report) {
 function siteFacts(site, report) {
   const { choice } = site;
   const alone = choice.options[choice.format];
-  const raised = report.plan.verification?.raised ?? {};
+  const raised = report.plan.verification?.raised?.[site.name]?.[choice.format];
   const facts = [
     ["time", `${milliseconds(choice.seconds)} ms, ${percent(site.timeShare)} of all sites`],
     ["error alone", alone ? digits(alone.error) : "unknown"],
@@ -30,8 +30,8 @@ function siteFacts(site, report) {
     ["operation", choice.signature || choice.op],
     ["shape", choice.shape.join(" x ") || "scalar"],
   ];
-  if (Object.hasOwn(raised, site.name)) {
-    facts.push(["raised", `variance times ${digits(raised[site.name])} after verification`]);
+  if (raised !== undefined) {
+    facts.push(["raised", `variance times ${digits(raised)} after verification`]);
   }
   for (const [name, value] of Object.entries(choice)) {
     if (!SITE_FIELDS.has(name)) facts.push([name.replaceAll("_", " "), plainText(value)]);
