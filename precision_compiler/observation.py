@@ -7,7 +7,14 @@ from math import isfinite, log
 import numpy as np
 import torch
 
-from precision_compiler.formats import FORMATS, Format, largest_magnitude, quantised
+from precision_compiler.formats import (
+    CHOICES,
+    FORMATS,
+    Format,
+    largest_magnitude,
+    quantised,
+    relative_variance,
+)
 from precision_compiler.outliers import Outliers, find_outliers
 from precision_compiler.sampling import GLANCE, REPEATED, SAMPLE, sampled
 from precision_compiler.statistics import (
@@ -99,22 +106,33 @@ class Observation:
             adjoint: derivatives of the sampled elements, float64.
             outliers: what the sample does not tell, if anything.
             errors: rounding errors of the sampled elements in further formats, by name. Those of
-                outliers are not known: relative to the elements, they are taken to be the same.
+                outliers are not known: they are taken to be those of normal numbers.
         """
-        further = self._of_errors(_matrix(errors.values()), adjoint) if errors else _NOTHING
         if outliers is None:
-            weight, found = self.weight(adjoint), self._of_formats(adjoint)
+            weight, found = self.weight(adjoint), self._of_all(adjoint, errors)
         else:
             rest = adjoint if outliers.others is None else adjoint * outliers.others
             weight = self.weight(rest) * outliers.rest
-            found = self._of_formats(rest) * outliers.rest
-            further = further * outliers.whole
+            found = _times(self._of_all(rest, errors), outliers.rest)
             if outliers.others is not None:
                 few = Observation(outliers.values, self.formats, amax=self.amax)
-                weight += few.weight(outliers.adjoint)
-                found += few._of_formats(outliers.adjoint)
-        names = [*(fmt.name for fmt in self.formats), *errors]
-        return weight, _named(names, np.concatenate([found, further], axis=1))
+                more = 1.0 + outliers.lacking
+                weight += few.weight(outliers.adjoint) * more
+                known = few._of_formats(outliers.adjoint)
+                effect = float((outliers.values.double() * outliers.adjoint).square().sum())
+                guess = effect * np.array(
+                    [[relative_variance(CHOICES[name])] * 2 + [0.0] for name in errors]
+                )
+                known = np.concatenate([known, guess.reshape(-1, 3).T], axis=1)
+                found += _times(known, more)
+        return weight, _named([*(fmt.name for fmt in self.formats), *errors], found)
+
+    def _of_all(self, adjoint: torch.Tensor, errors: Mapping[str, torch.Tensor]) -> np.ndarray:
+        found = self._of_formats(adjoint)
+        if not errors:
+            return found
+        further = self._of_errors(_matrix(errors.values()), adjoint)
+        return np.concatenate([found, further], axis=1)
 
     def _of_formats(self, adjoint: torch.Tensor) -> np.ndarray:
         if not self.formats:
@@ -182,6 +200,18 @@ class Observation:
         counts = products > (self._doubt * chance).sqrt()
         found: np.ndarray = torch.where(counts, products, 0.0).cpu().numpy()
         return found
+
+
+def _times(found: np.ndarray, factor: float) -> np.ndarray:
+    """What ``_of_errors`` found, of so many times the elements that count.
+
+    Coherent errors are left alone: those are many small elements that are lost, not the large ones.
+    """
+    variance, signed, pairs = found
+    coherent = signed > COHERENT**2 * variance
+    return np.stack(
+        [variance * factor, np.where(coherent, signed, signed * factor), pairs * factor]
+    )
 
 
 def _named(names: Sequence[str], found: np.ndarray) -> dict[str, Measured]:

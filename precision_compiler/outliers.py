@@ -35,6 +35,9 @@ class Outliers:
             sample is good enough, and there are no such blocks.
         whole: ``sum h^2 y^2`` over all elements, relative to what the sample makes of it.
         rest: the same over the elements that are no outliers.
+        lacking: what the sample has too little of that sum even so, relative to the outliers' part.
+            Both ratios are at most 2: of many elements that are lost in a narrow format, a sample
+            may have none of the few that are not, and says nothing about those.
     """
 
     values: torch.Tensor
@@ -42,6 +45,7 @@ class Outliers:
     others: torch.Tensor | None
     whole: float
     rest: float
+    lacking: float = 0.0
 
 
 def find_outliers(
@@ -75,9 +79,11 @@ def find_outliers(
     top = shares.topk(_MOST).indices
     of_rest = torch.ones_like(shares).index_fill_(0, top, 0.0)
     others = of_rest.index_select(0, blocks_of_sample(values, _BLOCK, most))
-    rest = _ratio(float(shares @ of_rest), scale * float(known @ others))
+    real, estimated = float(shares @ of_rest), scale * float(known @ others)
+    rest = _ratio(real, estimated)
+    lacking = max(0.0, real - rest * estimated) / max(1.0 - real, _DOUBT)
     values, adjoint = y.index_select(0, top).flatten(), h.index_select(0, top).flatten()
-    return Outliers(values, adjoint, others, whole, rest)
+    return Outliers(values, adjoint, others, whole, rest, lacking)
 
 
 def _in_blocks(x: torch.Tensor) -> torch.Tensor:
@@ -95,4 +101,4 @@ def _norms(y: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
 
 
 def _ratio(real: float, estimated: float) -> float:
-    return real / estimated if estimated > 0.0 else 1.0
+    return min(real / estimated, 2.0) if estimated > 0.0 else 1.0
