@@ -104,14 +104,12 @@ class PrecisionBackend:
         parameters = [isinstance(value, nn.Parameter) for value in inputs]
         names = input_names(module)
         hook = _Rewrite(self.plan, names, parameters, not self._compiled, self.passes)
-        setting = "joint_custom_pre_pass"
-        patches: dict[str, Any] = {setting: after_own_passes(setting, hook)}
+        patches = after_own_passes("joint_custom_pre_pass", hook)
         if any(fmt != "fp32" for fmt in self.plan.assignment.values()):
             # Without it, kernels pass values on unrounded where plan and prediction have them
             # rounded: the error then is not the one that was predicted, and varies with fusion.
             patches["emulate_precision_casts"] = True
-            setting = "joint_custom_post_pass"
-            patches[setting] = after_own_passes(setting, SplitCasts())
+            patches |= after_own_passes("joint_custom_post_pass", SplitCasts())
         compiled = _compile(module, inputs, patches)
         self._compiled = self._compiled or torch.is_grad_enabled()
         return compiled

@@ -202,8 +202,7 @@ def trace_joint(module: fx.GraphModule, inputs: Sequence[Any]) -> JointGraph:
         parts.append(Part(part, tuple(given), backward))
         return _Boxed(part)
 
-    hooks = after_own_passes("joint_custom_pre_pass", _Hook(keep))
-    patches = {"joint_custom_pre_pass": hooks, "fx_graph_cache": False}
+    patches = after_own_passes("joint_custom_pre_pass", _Hook(keep)) | {"fx_graph_cache": False}
     now = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
     with torch._functorch.config.patch(now):
         compile_fx(copied(module), list(inputs), inner_compile=stub, config_patches=patches)
@@ -213,9 +212,9 @@ def trace_joint(module: fx.GraphModule, inputs: Sequence[Any]) -> JointGraph:
     return joint
 
 
-def after_own_passes(setting: str, ours: CustomGraphPass) -> list[Any]:
-    """The graph passes that the user has given Inductor under a setting, and one of ours behind."""
-    return [*get_custom_graph_passes(getattr(torch._inductor.config, setting)), ours]
+def after_own_passes(setting: str, ours: CustomGraphPass) -> dict[str, Any]:
+    """A setting of Inductor: the graph passes that the user has put there, and ours behind."""
+    return {setting: [*get_custom_graph_passes(getattr(torch._inductor.config, setting)), ours]}
 
 
 class _Boxed:

@@ -80,7 +80,7 @@ class Unit:
     overrides: Mapping[str, str] = field(default_factory=dict)
     flags: list[Flag] = field(default_factory=list)
     vetoes: dict[tuple[str, str], str] = field(default_factory=dict)
-    raised: dict[str, dict[str, float]] = field(default_factory=dict)
+    raised: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     kernels: tuple[Kernel, ...] = ()
     fixed_seconds: float = 0.0
     contraction_prices: Table = field(default_factory=dict)
@@ -133,7 +133,7 @@ class Unit:
             options,
             prices,
             self.statistics,
-            {site: dict(factors) for site, factors in self.raised.items()},
+            self.raised,
             self._saved(),
             self.most_bytes,
         )
@@ -170,9 +170,11 @@ class Unit:
 
     def raise_predictions(self, factors: Mapping[tuple[str, str], float]) -> None:
         """Multiply predicted variances, by (site, format); the problem is posed anew."""
+        raised = {site: dict(known) for site, known in self.raised.items()}
         for (site, name), factor in factors.items():
-            known = self.raised.setdefault(site, {})
+            known = raised.setdefault(site, {})
             known[name] = known.get(name, 1.0) * factor
+        self.raised = raised
         self.__dict__.pop("problem", None)
 
     def formats_for(self, kind: str) -> tuple[str, ...]:

@@ -120,8 +120,7 @@ def verify_plan(
         progress(f"Correct the prediction and solve again, round {turn}")
         unit.raise_predictions(_corrections(truth, unit, found))
         Pipeline(CHOOSE, given=CHOOSE[0].reads).run(unit)
-    raised = {site: dict(factors) for site, factors in unit.raised.items()}
-    return Verification(found, held_out, turn, raised, passed)
+    return Verification(found, held_out, turn, unit.raised, passed)
 
 
 def _measured(truth: Truth, unit: Unit, assignment: Mapping[str, str]) -> MeasuredError:
@@ -143,7 +142,7 @@ def _corrections(truth: Truth, unit: Unit, found: MeasuredError) -> dict[tuple[s
             if ratio > MISS:
                 message = f"{label} in {name}: {ratio:.2f} times the predicted error, raised"
                 unit.journal.note(_STEP, message)
-                factors |= {(site, name): min(ratio, MOST) ** 2 for site in sites}
+                factors |= {(s, name): min(ratio, MOST) ** 2 for s in _able(unit, sites, name)}
     if factors:
         return factors
     worst = max(found.ratio, found.gradient_error / unit.budget.limit if unit.budget.limit else 1.0)
@@ -156,8 +155,13 @@ def _corrections(truth: Truth, unit: Unit, found: MeasuredError) -> dict[tuple[s
 
 def _ratio_alone(truth: Truth, unit: Unit, sites: Sequence[str], name: str) -> float:
     """Measured over predicted error where nothing is rounded but some sites, if they may be."""
-    able = [site for site in sites if name in unit.problem.options[site]]
-    return _measured(truth, unit, unit.problem.uniform() | dict.fromkeys(able, name)).ratio
+    alone = dict.fromkeys(_able(unit, sites, name), name)
+    return _measured(truth, unit, unit.problem.uniform() | alone).ratio
+
+
+def _able(unit: Unit, sites: Sequence[str], name: str) -> list[str]:
+    """Those of some sites that may have a format."""
+    return [site for site in sites if name in unit.problem.options[site]]
 
 
 def _alternatives(unit: Unit, sites: Sequence[str]) -> set[str]:

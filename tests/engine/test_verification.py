@@ -163,7 +163,7 @@ def test_group_that_is_underrated_is_found_raised_and_the_new_plan_meets_the_bud
     unit = decided("mlp", budget)
     sites = {site.name for site in unit.joint.sites if site.role == role}
     underrate(unit, sites, 100.0)
-    underrated = sites & narrow(unit)
+    underrated, before = sites & narrow(unit), dict(unit.assignment)
     assert underrated
     found = verify_plan(unit, captured("mlp"), held_out=True)
     assert found.passed
@@ -174,6 +174,7 @@ def test_group_that_is_underrated_is_found_raised_and_the_new_plan_meets_the_bud
     assert set(found.raised) == underrated
     for site, factors in found.raised.items():
         assert set(factors) == set(unit.problem.options[site]) - {"fp32", "tf32"}
+        assert factors[before[site]] == pytest.approx(100.0, rel=0.25)
         assert all(factor == pytest.approx(100.0, rel=0.4) for factor in factors.values())
     first, *raised, last = story(unit)
     for line in (first, last):
@@ -192,10 +193,12 @@ def test_a_group_is_looked_for_where_only_the_budget_is_exceeded() -> None:
     worst = max(groups, key=lambda name: unit.problem.error(only(unit, groups[name])))
     underrate(unit, groups[worst], 2.0**2)
     found = verify_plan(unit, captured("llama"), held_out=False)
-    before, line, *_ = story(unit)
+    before, line, *others, _ = story(unit)
     errs, predicted = map(float, re.findall(r"(?:errs by|predicted) (0\.\d+),", before)[:2])
     assert 0.05 < errs < MISS * predicted
     assert re.fullmatch(rf"{worst} in e4m3: 2\.\d+ times the predicted error, raised", line)
+    for other in others:
+        assert re.fullmatch(rf"{worst} in \w+: [\d.]+ times the predicted error, raised", other)
     assert (found.passed, found.rounds) == (True, 2)
     assert 0.9 < found.measured.ratio < 1.1
 
@@ -207,11 +210,12 @@ def only(unit: Unit, sites: Collection[str]) -> dict[str, str]:
 def test_where_everything_is_underrated_everything_is_raised() -> None:
     unit = decided("mlp", 0.02)
     underrate(unit, {site.name for site in unit.joint.sites}, 100.0)
-    chosen = narrow(unit)
+    chosen, before = narrow(unit), dict(unit.assignment)
     found = verify_plan(unit, captured("mlp"), held_out=False)
     assert found.passed
     assert set(found.raised) == chosen
-    for factors in found.raised.values():
+    for site, factors in found.raised.items():
+        assert factors[before[site]] == pytest.approx(100.0, rel=0.3)
         assert all(factor == pytest.approx(100.0, rel=0.4) for factor in factors.values())
     assert found.measured.gradient_error <= 0.02
 

@@ -205,7 +205,7 @@ def test_emulated_model_agrees_with_real_kernels_within_accumulation_error(
     one of the two rounded what the other does not, they would be as far apart as each is off.
     """
     apart, ours, real = agreement(name, fmt, attention="fp32")
-    assert apart < 0.5 * min(ours, real)
+    assert apart < (0.5 * min(ours, real) if (name, fmt) == ("vit", "fp16") else 1e-4)
     assert ours == pytest.approx(real, rel=0.05)
     assert min(ours, real) > 4e-4
 
