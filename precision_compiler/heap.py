@@ -69,7 +69,7 @@ class SpareMemory:
     much is let be beside the most that was in use; on Linux with glibc only.
     """
 
-    def __init__(self, share: float = 0.20, expected: float = 0.0) -> None:
+    def __init__(self, share: float = 0.17, expected: float = 0.0) -> None:
         """Begin.
 
         Args:

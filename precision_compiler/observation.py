@@ -92,7 +92,7 @@ class Observation:
 
     def measured(self, adjoint: torch.Tensor) -> dict[str, Measured]:
         """The effect of real rounding to every format, from sampled derivatives."""
-        return _named([fmt.name for fmt in self.formats], self._of_formats(adjoint))
+        return _named([fmt.name for fmt in self.formats], self._of_formats(adjoint.double()))
 
     def effects(
         self,
@@ -103,29 +103,27 @@ class Observation:
         """``weight`` and ``measured``, with what the sample does not tell.
 
         Args:
-            adjoint: derivatives of the sampled elements, float64.
+            adjoint: derivatives of the sampled elements.
             outliers: what the sample does not tell, if anything.
-            errors: rounding errors of the sampled elements in further formats, by name. Those of
-                outliers are not known: they are taken to be those of normal numbers.
+            errors: rounding errors of the sampled elements, or every second of them, in further
+                formats, by name. Those of outliers are not known: they are taken to be those of
+                normal numbers.
         """
+        wide, names = adjoint.double(), [*(fmt.name for fmt in self.formats), *errors]
         if outliers is None:
-            weight, found = self.weight(adjoint), self._of_all(adjoint, errors)
-        else:
-            rest = adjoint if outliers.others is None else adjoint * outliers.others
-            weight = self.weight(rest) * outliers.rest
-            found = _times(self._of_all(rest, errors), outliers.rest)
-            if outliers.others is not None:
-                few = Observation(outliers.values, self.formats, amax=self.amax)
-                more = 1.0 + outliers.lacking
-                weight += few.weight(outliers.adjoint) * more
-                known = few._of_formats(outliers.adjoint)
-                effect = float((outliers.values.double() * outliers.adjoint).square().sum())
-                guess = effect * np.array(
-                    [[relative_variance(CHOICES[name])] * 2 + [0.0] for name in errors]
-                )
-                known = np.concatenate([known, guess.reshape(-1, 3).T], axis=1)
-                found += _times(known, more)
-        return weight, _named([*(fmt.name for fmt in self.formats), *errors], found)
+            return self.weight(wide), _named(names, self._of_all(wide, errors))
+        rest = wide if outliers.others is None else wide * outliers.others
+        weight = self.weight(rest) * outliers.rest
+        found = _times(self._of_all(rest, errors), outliers.rest)
+        if outliers.others is not None:
+            few, more = Observation(outliers.values, self.formats, amax=self.amax), outliers.lacking
+            weight += few.weight(outliers.adjoint) * (1.0 + more)
+            effect = float((outliers.values.double() * outliers.adjoint).square().sum())
+            guess = effect * np.array([relative_variance(CHOICES[name]) for name in errors])
+            known = few._of_formats(outliers.adjoint.double())
+            known = np.concatenate([known, np.stack([guess, guess, 0.0 * guess])], axis=1)
+            found += _times(known, 1.0 + more)
+        return weight, _named(names, found)
 
     def _of_all(self, adjoint: torch.Tensor, errors: Mapping[str, torch.Tensor]) -> np.ndarray:
         found = self._of_formats(adjoint)
@@ -137,7 +135,7 @@ class Observation:
     def _of_formats(self, adjoint: torch.Tensor) -> np.ndarray:
         if not self.formats:
             return _NOTHING
-        return self._of_errors(self.errors, adjoint.double(), self.squares)
+        return self._of_errors(self.errors, adjoint, self.squares)
 
     def _of_errors(
         self, errors: torch.Tensor, adjoint: torch.Tensor, squares: torch.Tensor | None = None
@@ -145,27 +143,20 @@ class Observation:
         """Variance, signed square and products of equal elements (rows) by format (columns).
 
         Args:
-            errors: of each sampled element, a row for every format.
-            adjoint: its derivative, float64.
+            errors: of each sampled element, or of every second, a row for every format.
+            adjoint: derivatives of all sampled elements, float64.
             squares: of the errors, if known.
         """
         squares = errors.square() if squares is None else squares
-        pairs = self._of_twins(errors, adjoint)
+        every = -(-len(adjoint) // errors.shape[1])
+        scale, adjoint = self.scale * every, adjoint[::every]
+        pairs = self._of_twins(errors, adjoint, every)
         signed = (errors @ adjoint).square().cpu().numpy()
-        variance = (squares @ adjoint.square()).cpu().numpy() + pairs * self.scale
+        variance = (squares @ adjoint.square()).cpu().numpy() + pairs * scale
         # Errors that agree grow with the number of elements, others with its root.
-        coherent = signed > self._doubt * variance
-        signed = np.where(coherent, signed * self.scale, np.minimum(signed, COHERENT**2 * variance))
-        return np.stack([variance, signed, pairs]) * self.scale
-
-    @property
-    def _doubt(self) -> float:
-        """How large the square of a sum of random signs has to be, over its mean, to count.
-
-        By chance it exceeds t^2 with a probability of about exp(-t^2 / 2), so as much more is asked
-        of samples as makes up for the factor that is at stake.
-        """
-        return COHERENT**2 + 2 * log(max(1.0, self.scale))
+        coherent = signed > _doubt(scale) * variance
+        signed = np.where(coherent, signed * scale, np.minimum(signed, COHERENT**2 * variance))
+        return np.stack([variance, signed, pairs]) * scale
 
     @cached_property
     def _twins(self) -> torch.Tensor | None:
@@ -175,19 +166,20 @@ class Observation:
         different, numbers = torch.unique(self.row, return_inverse=True)
         return numbers if len(different) >= _MANY else None
 
-    def _of_twins(self, errors: torch.Tensor, adjoint: torch.Tensor) -> np.ndarray:
+    def _of_twins(self, errors: torch.Tensor, adjoint: torch.Tensor, every: int) -> np.ndarray:
         """Products of the effects of equal elements, by format; 0 where they could be chance.
 
         Elements that are equal, such as those of a token that occurs again, have equal errors,
         whose effects go together. In a sample of one element in s there is one such pair in s^2.
 
         Args:
-            errors: of each sampled element, a row for every format.
-            adjoint: its derivative.
+            errors: of sampled elements, a row for every format.
+            adjoint: their derivatives.
+            every: 1 for all sampled elements, 2 for every second one.
         """
-        twins = self._twins
-        if twins is None:
+        if self._twins is None:
             return np.zeros(len(errors))
+        twins = self._twins[::every]
         effects, groups = errors * adjoint, int(twins.max()) + 1
 
         def of_others(rows: torch.Tensor) -> torch.Tensor:
@@ -197,9 +189,18 @@ class Observation:
         products = (effects * of_others(effects)).sum(1)
         squares = effects.square()
         chance = 2 * (squares * of_others(squares)).sum(1)
-        counts = products > (self._doubt * chance).sqrt()
+        counts = products > (_doubt(self.scale * every) * chance).sqrt()
         found: np.ndarray = torch.where(counts, products, 0.0).cpu().numpy()
         return found
+
+
+def _doubt(scale: float) -> float:
+    """How large the square of a sum of random signs has to be, over its mean, to count.
+
+    By chance it exceeds t^2 with a probability of about exp(-t^2 / 2), so as much more is asked of
+    samples of one in ``scale`` as makes up for the factor that is at stake.
+    """
+    return COHERENT**2 + 2 * log(max(1.0, scale))
 
 
 def _times(found: np.ndarray, factor: float) -> np.ndarray:

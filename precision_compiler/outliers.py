@@ -31,8 +31,8 @@ class Outliers:
 
     Attributes:
         values, adjoint: the elements of the blocks that count most, and their derivatives.
-        others: 0 for the sampled elements that are among them, 1 for all others; None where the
-            sample is good enough, and there are no such blocks.
+        others: which of the sampled elements are not among them; None where the sample is good
+            enough, and there are no such blocks.
         whole: ``sum h^2 y^2`` over all elements, relative to what the sample makes of it.
         rest: the same over the elements that are no outliers.
         lacking: what the sample has too little of that sum even so, relative to the outliers' part.
@@ -83,7 +83,7 @@ def find_outliers(
     rest = _ratio(real, estimated)
     lacking = max(0.0, real - rest * estimated) / max(1.0 - real, _DOUBT)
     values, adjoint = y.index_select(0, top).flatten(), h.index_select(0, top).flatten()
-    return Outliers(values, adjoint, others, whole, rest, lacking)
+    return Outliers(values, adjoint, others.bool(), whole, rest, lacking)
 
 
 def _in_blocks(x: torch.Tensor) -> torch.Tensor:

@@ -216,7 +216,7 @@ class Probe:
     def _in_blocks(
         self, node: fx.Node, index: int, chain: Sequence[fx.Node], values: Values
     ) -> dict[str, torch.Tensor]:
-        """Errors of rounding an operand with scales along the sum, where its root is sampled.
+        """Errors of rounding an operand with scales along the sum, at every second sampled element.
 
         They are kept until derivatives arrive, which would be the most memory after autograd's.
         """
@@ -229,7 +229,8 @@ class Probe:
         role = self._links.contractions[self._sites[node]].role
         content = self._provenance.content(root)
         most = self._most[root]
-        places = sampled_places(leaf, still, most)
+        every = 2 if leaf.numel() > most else 1
+        places = sampled_places(leaf, still, most, every)
         few = None if places is None else OperandErrors(still, places, axis, content)
         for fmt in self._blocks:
             if reason_against_recipe(fmt.name, role, still.shape[axis]):
@@ -245,7 +246,7 @@ class Probe:
                 operand = _shown(moving, root, views, values)
             # The derivative of a view puts its elements back where they lie in the root.
             (moved,) = torch.autograd.grad(operand, moving, error)
-            found[fmt.name] = sampled(moved, most).to(_KEPT)
+            found[fmt.name] = sampled(moved, most)[::every].to(_KEPT)
         return found
 
     def _tap_inside(self, site: str, counter: Iterator[int], value: torch.Tensor) -> torch.Tensor:

@@ -6,13 +6,13 @@ from math import gcd, prod
 
 import torch
 
-SAMPLE = 1 << 13
+SAMPLE = 1 << 14
 """Elements of a tensor that are looked at, at the most; larger tensors are sampled evenly.
 
-Alone it would tell the error to 4 % where all elements carry it, 11 % where a tenth do and 35 %
+Alone it would tell the error to 2 % where all elements carry it, 8 % where a tenth do and 26 %
 where a hundredth do (standard deviations over 60 draws of half a million normal numbers in bf16);
-with ``outliers`` it is 1.4, 3 and 6 %. Of real rounding, for formats with a scale, 4, 9 and 13 %.
-To round all elements of all weights would cost more than the differentiation.
+with ``outliers`` it is 1, 3 and 3 %. Of real rounding, for formats with a scale, 2, 8 and 12 %. To
+round all elements of all weights would cost more than the differentiation.
 """
 
 REPEATED = 1 << 16
@@ -122,13 +122,16 @@ class Places:
         return self._blocks[sizes]
 
 
-def sampled_places(root: torch.Tensor, shown: torch.Tensor, most: int = SAMPLE) -> Places | None:
+def sampled_places(
+    root: torch.Tensor, shown: torch.Tensor, most: int = SAMPLE, every: int = 1
+) -> Places | None:
     """Where the elements that ``sampled(root)`` picks lie in a view of all of the tensor.
 
     Args:
         root: the tensor.
         shown: a view of it, its dimensions permuted, split or joined.
         most: as for ``sampled``.
+        every: 2 for every second one of them.
 
     Returns:
         The places; None where the view is a copy, or does not show every element once, and for
@@ -140,7 +143,7 @@ def sampled_places(root: torch.Tensor, shown: torch.Tensor, most: int = SAMPLE) 
         return None
     step = _step(root.numel(), most)
     layouts = tuple(root.shape), root.stride(), tuple(shown.shape), shown.stride()
-    return _places(*layouts, step, root.device)
+    return _places(*layouts, step * every, root.device)
 
 
 @lru_cache(maxsize=128)

@@ -93,7 +93,7 @@ class Watched:
         weight, row = unweighted(), self.gradient.get(key)
         measured: Mapping[str, Measured] = {}
         if row is not None:
-            weight[0], measured = observed.effects(row.double(), self.outliers[key], errors)
+            weight[0], measured = observed.effects(row, self.outliers[key], errors)
         for metric in range(1, len(METRICS)):
             weight[metric] = self.others.get((key, metric), 0.0)
         return Sensitivity(weight, observed.amax, observed.count, observed.size, measured)

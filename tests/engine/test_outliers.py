@@ -89,12 +89,12 @@ def test_sum_is_good_to_a_few_per_cent_however_few_elements_carry_it(share: floa
         adjoint *= torch.rand(1 << 19, generator=dice) < share
         outliers = found(values, adjoint)
         assert outliers is not None
-        assert (outliers.others is None) == (share == 1.0)
+        assert (outliers.others is None) == (share > 0.01)
         exact = (adjoint.double() * ulp(values, FORMATS["bf16"])).square().sum() / 12
         ratios.append(sensitivity_of(values, adjoint).variance(FORMATS["bf16"]) / float(exact))
-    assert max(abs(ratio - 1) for ratio in ratios) < 0.2
-    assert float(torch.tensor(ratios).std()) < 0.08
-    assert float(torch.tensor(ratios).mean()) == pytest.approx(1.0, abs=0.03)
+    assert max(abs(ratio - 1) for ratio in ratios) < 0.12
+    assert float(torch.tensor(ratios).std()) < 0.05
+    assert float(torch.tensor(ratios).mean()) == pytest.approx(1.0, abs=0.02)
 
 
 def test_errors_of_outliers_in_further_formats_are_those_of_normal_numbers() -> None:
@@ -107,6 +107,17 @@ def test_errors_of_outliers_in_further_formats_are_those_of_normal_numbers() -> 
     exact = real_variance(values, adjoint, "e4m3")
     assert effects["mxfp8"].variance == pytest.approx(exact, rel=0.5)
     assert effects["mxfp8"].signed <= COHERENT**2 * effects["mxfp8"].variance
+
+
+def test_every_second_error_tells_as_much_of_formats_by_block() -> None:
+    values, adjoint = with_sinks(3, 0, 1.0)
+    row, error = sampled(adjoint), sampled(quantised(values, FORMATS["e4m3"]) - values)
+    seen, outliers = Observation(values), found(values, adjoint)
+    whole = seen.effects(row, outliers, {"mxfp8": error})[1]["mxfp8"]
+    half = seen.effects(row, outliers, {"mxfp8": error[::2]})[1]["mxfp8"]
+    exact = real_variance(values, adjoint, "e4m3")
+    assert whole.variance == pytest.approx(exact, rel=0.1)
+    assert half.variance == pytest.approx(exact, rel=0.1)
 
 
 def test_readers_that_share_outliers_go_together_as_far_as_their_sample_tells() -> None:

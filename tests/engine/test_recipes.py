@@ -247,6 +247,9 @@ def test_errors_of_a_sample_are_those_of_the_whole(name: str, content: Content) 
             assert torch.equal(found, whole[places.coordinates])
             assert torch.equal(sampled(root, 500), shown[places.coordinates])
             assert torch.equal(places.of(shown), shown[places.coordinates])
+            second = sampled_places(root, shown, 500, every=2)
+            assert second is not None
+            assert torch.equal(second.of(shown), sampled(root, 500)[::2])
 
 
 def test_a_copy_or_a_part_has_no_places() -> None:

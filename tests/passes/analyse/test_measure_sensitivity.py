@@ -172,7 +172,7 @@ def test_error_that_elements_outside_of_the_sample_cause_is_predicted(fmt: str) 
     tokens, width = 512, 256
     seen = sampled(torch.arange(float(tokens * width)).view(tokens, width)).long()
     unseen = torch.ones(tokens * width, dtype=torch.bool).index_fill(0, seen, False)
-    loud, channels = torch.arange(0, tokens, 8), torch.arange(0, width, 4)
+    loud, channels = torch.arange(0, tokens, 8), torch.arange(1, width, 4)
     hidden = unseen.view(tokens, width)[loud, channels]
     loud, channels = loud[hidden], channels[hidden]
     with torch.random.fork_rng():
