@@ -81,7 +81,7 @@ def find_outliers(
     others = of_rest.index_select(0, blocks_of_sample(values, _BLOCK, most))
     real, estimated = float(shares @ of_rest), scale * float(known @ others)
     rest = _ratio(real, estimated)
-    lacking = max(0.0, real - rest * estimated) / max(1.0 - real, _DOUBT)
+    lacking = max(0.0, real - rest * estimated) / float(shares.index_select(0, top).sum())
     values, adjoint = y.index_select(0, top).flatten(), h.index_select(0, top).flatten()
     return Outliers(values, adjoint, others.bool(), whole, rest, lacking)
 
