@@ -189,7 +189,9 @@ def fixed_count_rows(it: Subject, count: int) -> Iterator[dict[str, Any]]:
 
     Measured on the first batch too: how well that ranks the errors of the second is as much as
     any statistics of the first could tell. And measured on several others, of which the root mean
-    square error has less of chance in it, predicted from the first batch or from several.
+    square error has less of chance in it, predicted from the first batch or from several. How well
+    the errors on all these but the second rank those of the second is as much as anything could
+    tell that does not know the second batch.
     """
     sites = linear_products(it)
     source = it.example.batches(0)
@@ -204,6 +206,7 @@ def fixed_count_rows(it: Subject, count: int) -> Iterator[dict[str, Any]]:
             "measured_first": own,
             "predicted_of_several": several.error(chosen),
             "measured_on_several": statistics.mean(error**2 for error in others) ** 0.5,
+            "measured_on_others": statistics.mean(error**2 for error in others[1:]) ** 0.5,
         }
 
 
@@ -311,6 +314,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "spearman_for_several": ("predicted", "measured_on_several"),
         "spearman_of_several": ("predicted_of_several", "measured_on_several"),
         "spearman_of_first_for_several": ("measured_first", "measured_on_several"),
+        "spearman_of_others": ("measured_on_others", "measured"),
     }
     return {
         name: _spearman([(row[one], row[other]) for row in finite])
@@ -367,7 +371,7 @@ def examine(
         "single": (count, lambda: single_rows(it, count)),
         "random": (count, lambda: (it.row(drawn(it, False)) for _ in range(count))),
         "lawless": (count // 2, lambda: (it.row(drawn(it, True)) for _ in range(count // 2))),
-        "fixed_count": (count // 2, lambda: fixed_count_rows(it, count // 2)),
+        "fixed_count": (count, lambda: fixed_count_rows(it, count)),
         "plans": (len(BUDGETS), lambda: plan_rows(it)),
     }
     for stage, (total, rows) in stages.items():

@@ -22,6 +22,10 @@ ROUNDS = 3
 MISS = 1.5
 """Measured over predicted error from which the prediction has failed."""
 
+MARGIN = 1.05
+"""What all predictions are raised by beyond the miss: without it every second plan that the solver
+puts at the limit would exceed it again, by a few per cent of chance."""
+
 MOST = 1e6
 """What an infinite or undefined error counts as."""
 
@@ -97,8 +101,8 @@ def verify_plan(
     2. Otherwise, also where only the budget is exceeded, groups of like sites are measured alone.
        Those that err by more than 1.5 times their prediction are measured in every other format
        that they may have, too, and their variances in such formats multiplied by what was found.
-    3. Where no group stands out, the variances of all sites are multiplied by measured over
-       predicted.
+    3. Where no group stands out, the predicted errors of all sites are multiplied by measured over
+       predicted, or over what is allowed if that is more, and by a margin of 5 %.
 
     Args:
         unit: decided; its assignment is replaced by better ones.
@@ -145,7 +149,8 @@ def _corrections(truth: Truth, unit: Unit, found: MeasuredError) -> dict[tuple[s
                 factors |= {(s, name): min(ratio, MOST) ** 2 for s in _able(unit, sites, name)}
     if factors:
         return factors
-    worst = max(found.ratio, found.gradient_error / unit.budget.limit if unit.budget.limit else 1.0)
+    over = found.gradient_error / unit.budget.limit if unit.budget.limit else 1.0
+    worst = max(found.ratio, over) * MARGIN
     unit.journal.note(_STEP, f"all predictions raised {worst:.2f} times")
     # Sites that are float32 now too: else the solver would go over to them, as underrated as these.
     options = unit.problem.options

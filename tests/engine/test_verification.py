@@ -22,7 +22,7 @@ from precision_compiler.plan import Plan
 from precision_compiler.record import plan_of_unit
 from precision_compiler.replay import gradients_of
 from precision_compiler.statistics import Measured, Sensitivity
-from precision_compiler.verification import MISS, ROUNDS, Truth, emulated, verify_plan
+from precision_compiler.verification import MARGIN, MISS, ROUNDS, Truth, emulated, verify_plan
 from tests.helpers import machine
 from tests.models import captured
 
@@ -234,7 +234,7 @@ def test_where_no_group_stands_out_all_predictions_are_raised_alike() -> None:
     assert 0.8 < found.measured.ratio <= 1.0
     assert set(found.raised) == sites
     (factor,) = {factor for factors in found.raised.values() for factor in factors.values()}
-    assert factor == pytest.approx(1.1**2, rel=0.1)
+    assert factor == pytest.approx((1.1 * MARGIN) ** 2, rel=0.1)
     assert story(unit)[1] == f"all predictions raised {factor**0.5:.2f} times"
 
 
