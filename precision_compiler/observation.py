@@ -27,6 +27,7 @@ from precision_compiler.statistics import (
 )
 
 _CHANCE = 0.01  # share of the elements that may be equal by chance
+_MAY_BE_CHANCE = COHERENT**2 * (1 - 1e-9)  # signed square over variance; float64 rounds, too
 _NOTHING = np.zeros((3, 0))
 _MANY = 1 << 8  # different numbers, below which errors are a few draws, which is for `signed`
 
@@ -155,7 +156,7 @@ class Observation:
         variance = (squares @ adjoint.square()).cpu().numpy() + pairs * scale
         # Errors that agree grow with the number of elements, others with its root.
         coherent = signed > _doubt(scale) * variance
-        signed = np.where(coherent, signed * scale, np.minimum(signed, COHERENT**2 * variance))
+        signed = np.where(coherent, signed * scale, np.minimum(signed, _MAY_BE_CHANCE * variance))
         return np.stack([variance, signed, pairs]) * scale
 
     @cached_property

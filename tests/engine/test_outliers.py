@@ -1,7 +1,7 @@
 """Few elements that carry most of an error: a sample alone would be a gamble."""
 
 from collections.abc import Callable
-from math import inf
+from math import inf, log
 
 import pytest
 import torch
@@ -107,6 +107,25 @@ def test_errors_of_outliers_in_further_formats_are_those_of_normal_numbers() -> 
     exact = real_variance(values, adjoint, "e4m3")
     assert effects["mxfp8"].variance == pytest.approx(exact, rel=0.5)
     assert effects["mxfp8"].signed <= COHERENT**2 * effects["mxfp8"].variance
+
+
+def test_agreement_that_may_be_chance_is_not_called_coherent_however_it_is_scaled() -> None:
+    """A signed sum of 3.5 times the independent one: too much for 3, too little for a sample."""
+    values, adjoint = (
+        torch.randn(1 << 19, generator=torch.Generator().manual_seed(s)) for s in (1, 2)
+    )
+    row, fmt = sampled(values), FORMATS["e4m3"]
+    seen = Observation(values, [fmt])
+    error = (quantised(row, fmt, seen.amax) - row).double()
+    effect = sampled(adjoint) * error
+    missing = 3.5 * float(effect.square().sum()) ** 0.5 - float(effect.sum())
+    shifted = sampled(adjoint) + missing * error.sign() / float(error.abs().sum())
+    ratio = abs(float((shifted * error).sum())) / float((shifted * error).square().sum()) ** 0.5
+    assert COHERENT < ratio < (COHERENT**2 + 2 * log(seen.scale)) ** 0.5
+    none = values[:0]
+    for factor in torch.linspace(0.5, 2.0, 500).tolist():
+        _, effects = seen.effects(shifted, Outliers(none, none, None, factor, factor), {})
+        assert effects["e4m3"].signed <= COHERENT**2 * effects["e4m3"].variance
 
 
 def test_every_second_error_tells_as_much_of_formats_by_block() -> None:
