@@ -1,6 +1,7 @@
 """Derivatives on their way from chunk to chunk."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,12 @@ from torch import fx
 from torch.autograd.graph import GradientEdge
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from precision_compiler.errors import AnalysisError
+from precision_compiler.facts import facts_of
 from precision_compiler.tf32 import float32_products
+
+_NO_DERIVATIVE = re.compile(r"(?:derivative for|backward through) '?([\w:.]+)'? (?:is|but) no")
+"""What autograd says of an operator of torch, and of one that is registered with it."""
 
 
 @dataclass
@@ -97,6 +103,7 @@ def derivatives(
     inputs: Sequence[torch.Tensor],
     retain: bool = True,
     roughly: bool = False,
+    nodes: Iterable[fx.Node] = (),
 ) -> Sequence[torch.Tensor | None]:
     """Derivatives by every input; None where there is none.
 
@@ -106,12 +113,34 @@ def derivatives(
         inputs: by what.
         retain: whether the same outputs are differentiated again.
         roughly: whether the hardware may round operands of products where that is faster.
+        nodes: what is differentiated, if it is part of the graph and not the loss.
+
+    Raises:
+        AnalysisError: an operator has no derivative.
     """
     if not outputs or not inputs:
         return [None] * len(inputs)
     edges, seeds = zip(*outputs, strict=True)
-    with _fast_products() if roughly else nullcontext():
-        return torch.autograd.grad(edges, inputs, seeds, retain_graph=retain, allow_unused=True)
+    try:
+        with _fast_products() if roughly else nullcontext():
+            return torch.autograd.grad(edges, inputs, seeds, retain_graph=retain, allow_unused=True)
+    except RuntimeError as error:
+        unknown = _NO_DERIVATIVE.search(str(error))
+        if unknown is None:
+            raise
+        raise AnalysisError(_without_derivative(unknown[1], nodes)) from error
+
+
+def _without_derivative(operator: str, nodes: Iterable[fx.Node]) -> str:
+    word = operator.replace("::", ".")
+    calls = [node for node in nodes if word in str(node.target)]
+    known = facts_of(calls[0]) if calls else None
+    return (
+        f"{known.name if known else 'the loss'}: {word} has no derivative, and the analysis "
+        "differentiates the backward pass, too: register one with torch.library.register_autograd, "
+        "or plan the model with other operators in its place (mixtures of experts in transformers: "
+        "model.set_experts_implementation('batched_mm'))"
+    )
 
 
 @contextmanager

@@ -256,7 +256,8 @@ class Tape:
             reached = [node for node in chunk.made if node in known]
             outputs = [(chunk.made[node], known.take(node)) for node in reached]
             arrived(name)
-            found = derivatives(outputs, inputs, name != active[-1], self._roughly)
+            retain = name != active[-1]
+            found = derivatives(outputs, inputs, retain, self._roughly, chunk.nodes)
             for node, value in zip(chunk.leaves, found, strict=False):
                 if value is not None:
                     known.add(node, value)

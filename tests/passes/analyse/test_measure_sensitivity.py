@@ -284,6 +284,69 @@ def test_loss_without_a_finite_slope_is_an_error(
         measured(capture(nn.Linear(4, 4), batch, loss))
 
 
+@torch.library.custom_op("analysis_test::cube", mutates_args=())
+def cube(x: Tensor) -> Tensor:
+    return x**3
+
+
+@torch.library.custom_op("analysis_test::cube_backward", mutates_args=())
+def cube_backward(x: Tensor, grad: Tensor) -> Tensor:
+    return 3 * x**2 * grad
+
+
+class Ending(nn.Module):
+    """A linear layer, and what is made of its results."""
+
+    def __init__(self, last: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.last = nn.Linear(16, 16), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.fc(x))
+
+
+def test_registered_operator_without_a_second_derivative_is_named() -> None:
+    """Such as the experts of transformers' mixtures, whose formula for training is enough."""
+    cube.register_fake(torch.empty_like)
+    cube_backward.register_fake(lambda x, grad: torch.empty_like(x))
+    cube.register_autograd(
+        lambda ctx, grad: cube_backward(*ctx.saved_tensors, grad),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+    found = capture(Ending(cube), batch_of(4)[:1], lambda output, _: output.sum())
+    told = r"^cube\.grad: analysis_test\.cube_backward\.default has no derivative"
+    with pytest.raises(AnalysisError, match=told):
+        measured(found)
+
+
+def distances(output: Tensor) -> Tensor:
+    return torch.cdist(output, output.flip(0)).sum()
+
+
+def alignment(output: Tensor) -> Tensor:
+    scores = output.unsqueeze(1).log_softmax(-1)
+    size = torch.tensor([3]), torch.tensor([2])
+    return nn.functional.ctc_loss(scores, torch.tensor([[1, 2]]), *size)
+
+
+def test_operator_of_torch_without_a_second_derivative_is_named() -> None:
+    found = capture(Ending(distances), batch_of(3)[:1], lambda output, _: output)
+    told = r"^cdist\.grad: _cdist_backward has no derivative"
+    with pytest.raises(AnalysisError, match=told):
+        measured(found)
+
+
+@pytest.mark.parametrize(
+    ("loss", "operator"), [(distances, "_cdist_backward"), (alignment, "aten._ctc_loss_backward")]
+)
+def test_loss_without_a_second_derivative_is_named(
+    loss: Callable[[Tensor], Tensor], operator: str
+) -> None:
+    found = capture(Ending(nn.Identity()), batch_of(3)[:1], lambda output, _: loss(output))
+    with pytest.raises(AnalysisError, match=rf"^the loss: {operator} has no derivative"):
+        measured(found)
+
+
 def test_graph_without_inputs_is_our_bug() -> None:
     joint = joint_of(graph("x:f32[4,4] | a = mm x x | return a"))
     with pytest.raises(InternalError):
