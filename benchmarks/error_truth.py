@@ -77,7 +77,7 @@ class Subject:
 
     def row(self, assignment: Mapping[str, str]) -> dict[str, Any]:
         """Predicted and measured error of an assignment, and the flags known beforehand."""
-        predicted = self.problem.error(assignment)
+        predicted = self.problem.expected_error(assignment)
         found = self.truth.measure(assignment, predicted, self.problem.error(assignment, 2))
         flags = {
             flag.name

@@ -60,6 +60,25 @@ def gpt_init() -> Example:
     return Example("gpt_init", _initial_gpt(), _byte_batches, None)
 
 
+def opt_init() -> Example:
+    """A decoder of the same size with ReLU, over the same bytes, at random initial weights."""
+    transformers = load_transformers()
+    config = transformers.OPTConfig(
+        vocab_size=256, hidden_size=256, word_embed_proj_dim=256, ffn_dim=1024, dropout=0.0,
+        num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=GPT_LENGTH,
+        use_cache=False,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.OPTForCausalLM(config)
+
+    def batches(seed: int) -> Iterator[dict[str, Tensor]]:
+        for tokens, _ in _byte_batches(seed):
+            yield {"input_ids": tokens, "labels": tokens}
+
+    return Example("opt_init", model, batches, None)
+
+
 def gpt_trained() -> Example:
     """The same decoder after 400 steps of AdamW, trained once and kept."""
     model = _initial_gpt()
@@ -130,7 +149,7 @@ def smollm2() -> Example:
 
 
 MODELS: dict[str, Callable[[], Example]] = {
-    make.__name__: make for make in (gpt_init, gpt_trained, bert_tiny, minilm, smollm2)
+    make.__name__: make for make in (gpt_init, opt_init, gpt_trained, bert_tiny, minilm, smollm2)
 }
 
 

@@ -14,6 +14,7 @@ FLAGS: Mapping[str, str] = {
     "bias": "gradients rounded to nearest in few bits err alike from step to step",
     "unmeasured": "errors were not measured, but taken from a smaller model or from formats alone",
     "silence": "nothing measured depends on the tensor, so no error can be predicted",
+    "flips": "errors flip choices such as ReLU's, and what that causes grows with their root",
     "single-element": "the prediction rests on the rounding of a single number",
     "same-sign-sum": "so many terms of one sign that a narrow running sum would stop growing",
     "accumulation": "the target adds products up in a narrow format",

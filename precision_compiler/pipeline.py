@@ -59,6 +59,7 @@ class Unit:
         flags: what may go wrong.
         vetoes: why a (site or node, format) is ruled out.
         raised: factors on predicted variances that verification asked for, by site and format.
+        slope: of what flipped choices cause, as in ``Problem``.
         kernels: what the graph compiles to.
         contraction_prices, store_prices, cast_prices, fixed_seconds: as in ``Prices``.
         baseline: torch.autocast's policy as an assignment.
@@ -81,6 +82,7 @@ class Unit:
     flags: list[Flag] = field(default_factory=list)
     vetoes: dict[tuple[str, str], str] = field(default_factory=dict)
     raised: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    slope: float = 0.0
     kernels: tuple[Kernel, ...] = ()
     fixed_seconds: float = 0.0
     contraction_prices: Table = field(default_factory=dict)
@@ -136,7 +138,14 @@ class Unit:
             self.raised,
             self._saved(),
             self.most_bytes,
+            self.slope,
         )
+
+    def expect_flips(self, slope: float) -> None:
+        """Pose the problem anew with another slope of what flipped choices cause, if any are."""
+        if slope and slope != self.slope:
+            self.slope = slope
+            self.__dict__.pop("problem", None)
 
     def _saved(self) -> Saved:
         if self.joint.inference:

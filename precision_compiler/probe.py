@@ -15,6 +15,7 @@ from precision_compiler.attention import substitutes
 from precision_compiler.chunks import Chunk
 from precision_compiler.exactness import cone_of
 from precision_compiler.facts import facts_of
+from precision_compiler.flips import Choice, choice, compared, deciding
 from precision_compiler.formats import Format, quantised
 from precision_compiler.graph import (
     CONVERT,
@@ -34,6 +35,7 @@ from precision_compiler.sampling import GLANCE, sampled, sampled_places
 from precision_compiler.scaling import SCALED_FORMATS, reason_against_recipe
 from precision_compiler.sites import provenance_of
 from precision_compiler.statistics import (
+    METRICS,
     Accumulated,
     Correlation,
     Edge,
@@ -55,8 +57,9 @@ class Probe:
     """Runs single nodes for a tape and collects a ``Sensitivity`` of everything watched.
 
     Attributes:
-        stores, operands, internals, correlations, exact, ranges, accumulations, sums: as in
-            ``Statistics``.
+        stores, operands, internals, correlations, exact, ranges, accumulations, sums, flips: as
+            in ``Statistics``.
+        choices: tensors of numbers that choose by where they lie, what chooses, and how.
         metric: row of METRICS that arriving derivatives belong to.
         least: by how much something has to change that objective in order to count.
     """
@@ -95,6 +98,7 @@ class Probe:
             chain = _chain(argument, nodes[link.source])
             self._readings.setdefault(site, {})[link.argument] = chain
         self._cones = {node: cone for node in self._stored if (cone := cone_of(node, self._stored))}
+        self._deciding = deciding(graph)
         self._selecting = {node for node in graph.nodes if selects(node)}
         self._formulas = substitutes()
         self._watched: dict[_Place, Watched] = {}
@@ -109,6 +113,8 @@ class Probe:
         self.ranges: dict[str, Sensitivity] = {}
         self.accumulations: dict[tuple[str, str], Accumulated] = {}
         self.sums: dict[str, float] = {}
+        self.flips: dict[str, float] = {}
+        self.choices: dict[fx.Node, tuple[str, Choice]] = {}
 
     def reads(self, node: fx.Node) -> Iterable[fx.Node]:
         """Arguments; for what is tapped or tested for exactness, the tensors behind them."""
@@ -119,6 +125,8 @@ class Probe:
             found.update((size, None) for size in sizes if size is not root and size not in views)
         cone = self._cones.get(node)
         found.update(dict.fromkeys(cone.reads if cone else ()))
+        for comparison in self._deciding.get(node, ()):
+            found.update(dict.fromkeys([*comparison.all_input_nodes, *compared(comparison)]))
         return found
 
     def run(self, node: fx.Node, values: Values) -> Any:
@@ -142,6 +150,8 @@ class Probe:
             if site is not None and self._accumulators:
                 partial_sums = summed(node, value, args, self._accumulators)
                 self._summed |= {} if partial_sums is None else {node: partial_sums}
+        if node in self._deciding:
+            self._look_at_choices(node, value, args, values)
         if node in self._stored and torch.is_grad_enabled():
             self._watch(node, value, "store", value)
         return value
@@ -192,6 +202,7 @@ class Probe:
             norm,
             loss,
             tensors,
+            flips=self.flips,
         )
 
     def _tapped(
@@ -258,6 +269,25 @@ class Probe:
         edge = value.view_as(value)
         self._watch(place, edge, "store", value)
         return edge
+
+    def _look_at_choices(
+        self, node: fx.Node, value: torch.Tensor, args: tuple[Any, ...], values: Values
+    ) -> None:
+        facts = facts_of(node)
+        name, known = facts.name if facts is not None else node.name, list[Choice]()
+        for comparison in self._deciding[node]:
+            sides: Any = fx.node.map_arg(comparison.args, values)
+            found = choice(args, sides)
+            if found is not None:
+                known.append(found)
+                self.choices.update((source, (name, found)) for source in compared(comparison))
+
+        def arrived(adjoint: torch.Tensor | None) -> None:
+            if adjoint is not None and METRICS[self.metric] == "gradient":
+                self.flips[name] = sum(one.density(adjoint) for one in known)
+
+        if torch.is_grad_enabled() and value.requires_grad:
+            value.register_hook(arrived)  # type: ignore[no-untyped-call]
 
     def _watch(self, place: _Place, value: torch.Tensor, key: Key, still: torch.Tensor) -> None:
         if not value.requires_grad:

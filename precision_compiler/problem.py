@@ -11,10 +11,13 @@ from functools import cached_property
 from math import inf
 
 from precision_compiler.errors import InternalError
+from precision_compiler.flips import flip_variance, steepest
 from precision_compiler.formats import CHOICES
 from precision_compiler.links import Link, Links
 from precision_compiler.sizes import readable_bytes
-from precision_compiler.statistics import Correlation, Edge, Sensitivity, Statistics
+from precision_compiler.statistics import METRICS, Correlation, Edge, Sensitivity, Statistics
+
+COMPARED = METRICS.index("compared")
 
 PAIR_COUNTS = 0.1
 """Correlation of two readers of a tensor from which it is part of the problem."""
@@ -96,6 +99,8 @@ class Problem:
             larger.
         saved: what the backward pass needs of the forward pass.
         most_bytes: limit on ``stored_bytes``.
+        slope: of the squared gradient error that flipped choices cause, by the variance of the
+            numbers that choose: a straight line from 0, see ``flip_slope``.
     """
 
     links: Links
@@ -105,6 +110,7 @@ class Problem:
     raised: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     saved: "Saved" = field(default_factory=lambda: Saved({}, frozenset(), 0.0))
     most_bytes: float = inf
+    slope: float = 0.0
     _cache: dict[tuple[object, str, int], float] = field(default_factory=dict, repr=False)
 
     def store_variance(self, store: str, name: str, metric: int = 0) -> float:
@@ -298,7 +304,38 @@ class Problem:
         """The assignment of one format to every site."""
         return dict.fromkeys(self.options, name)
 
+    def flips(self, assignment: Mapping[str, str]) -> float:
+        """The squared relative gradient error that flipped choices alone cause."""
+        density = sum(self.statistics.flips.values())
+        return flip_variance(density, self.error(assignment, COMPARED) ** 2) if density else 0.0
+
+    def steepest(self, error: float) -> float:
+        """The slope that is right where flips alone use an error up; 0 if there are none."""
+        density = sum(self.statistics.flips.values())
+        return steepest(density, error) if density and 0.0 < error < inf else 0.0
+
+    def flip_slope(self, assignment: Mapping[str, str]) -> float:
+        """The slope with which predictions are right for an assignment.
+
+        What flips cause grows with the root of the variance of the numbers that choose. A sum over
+        sites needs a straight line: for fewer errors than this assignment's it is too low, by 12 %
+        of the total error at the most if that stays the same, and for more it is too high.
+        """
+        flips = self.flips(assignment)
+        return flips / self.error(assignment, COMPARED) ** 2 if flips else 0.0
+
+    def expected_error(self, assignment: Mapping[str, str]) -> float:
+        """``error`` as if ``slope`` were right for the assignment."""
+        line = self.slope * self.error(assignment, COMPARED) ** 2
+        return float(max(0.0, self.variance(assignment) - line + self.flips(assignment)) ** 0.5)
+
     def _variance(self, key: tuple[object, object], name: str, metric: int) -> float:
+        found = self._first_order(key, name, metric)
+        if metric == 0 and self.slope:
+            found += self.slope * self._first_order(key, name, COMPARED)
+        return found
+
+    def _first_order(self, key: tuple[object, object], name: str, metric: int) -> float:
         if name == "fp32":
             return 0.0
         slot = (key, name, metric)

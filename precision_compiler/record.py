@@ -121,7 +121,9 @@ def frontier_of_plan(
         loss_origin=plan.loss_origin,
         versions=plan.versions,
         fp32=_unproven(problem, problem.uniform()),
-        autocast=_unproven(problem, plan.tables.autocast),
+        autocast=replace(
+            _unproven(problem, plan.tables.autocast), error=totals.autocast_gradient_error
+        ),
         budget=plan.budget,
         chosen=_frontier_point(problem, chosen),
         points=tuple(_frontier_point(problem, solution) for solution in found),
@@ -129,7 +131,7 @@ def frontier_of_plan(
 
 
 def _unproven(problem: Problem, assignment: Mapping[str, str]) -> FrontierPoint:
-    seconds, error = problem.seconds(assignment), problem.error(assignment)
+    seconds, error = problem.seconds(assignment), problem.expected_error(assignment)
     return _frontier_point(problem, Solution(assignment, seconds, error, 0.0, 1.0))
 
 
@@ -203,7 +205,7 @@ def _totals(unit: Unit, problem: Problem, solution: Solution) -> Totals:
         gap=solution.gap,
         fp32_seconds=problem.seconds(problem.uniform()),
         autocast_seconds=problem.seconds(unit.baseline),
-        autocast_gradient_error=problem.error(unit.baseline),
+        autocast_gradient_error=problem.expected_error(unit.baseline),
         casts=len(problem.casts(solution.assignment)),
         predicted_loss_sigma=problem.error(solution.assignment, LOSS),
         predicted_tensor_error=_tensor_error(problem, solution),

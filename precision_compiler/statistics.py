@@ -12,7 +12,7 @@ from precision_compiler.formats import Format, rounding_variance, scale_exponent
 EXPONENTS = np.arange(-126, 129)
 """Binades: those of the float32 exponent field 1 to 255."""
 
-METRICS = ("gradient", "tensor", "loss")
+METRICS = ("gradient", "tensor", "loss", "compared")
 """What an error is measured by: all gradients together, each parameter tensor, the loss."""
 
 COHERENT = 3.0
@@ -225,6 +225,9 @@ class Statistics:
             None if it could not be estimated.
         noise_origin: a sentence on what it was estimated from, or why not.
         batches: calibration batches.
+        flips: per node that chooses by comparing computed numbers, the squares of what flipped
+            choices change the gradient by, per distance from the boundary, which is relative to
+            the root mean square of the compared numbers.
     """
 
     stores: Mapping[str, Sensitivity]
@@ -241,6 +244,7 @@ class Statistics:
     noise: float | None = None
     noise_origin: str = "not estimated"
     batches: int = 1
+    flips: Mapping[str, float] = field(default_factory=dict)
 
 
 def averaged(found: Sequence[Statistics]) -> Statistics:
@@ -286,6 +290,10 @@ def averaged(found: Sequence[Statistics]) -> Statistics:
         sum(one.loss for one in found) / parts,
         first.tensors,
         batches=parts,
+        flips={
+            key: sum(one.flips.get(key, density) for one in found) / parts
+            for key, density in first.flips.items()
+        },
     )
 
 

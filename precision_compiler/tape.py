@@ -113,6 +113,7 @@ class Tape:
         probes: Mapping[str, Sequence[torch.Tensor]],
         arrived: Callable[[str], None],
         finished: Callable[[Chunk], None],
+        others: Mapping[str, Sequence[fx.Node]] | None = None,
     ) -> None:
         """Run the derivatives of every objective through the graph, from its end.
 
@@ -121,10 +122,13 @@ class Tape:
                 comes; an objective without probes is the loss itself.
             arrived: called with the objective before hooks fire for it.
             finished: called when no further derivative can reach what a chunk computed.
+            others: for objectives that are not about the gradients, the nodes that they are about.
         """
+        known = others or {}
         adjoints = {name: Adjoints(probe) for name, probe in probes.items()}
         for name, probe in probes.items():
-            for index, node in enumerate(self.gradients) if len(probe) else ():
+            nodes = known.get(name, self.gradients)
+            for index, node in enumerate(nodes) if len(probe) else ():
                 adjoints[name].seeds.setdefault(node, []).append(index)
         for chunk in reversed(self.backward):
             self._retreat(chunk, adjoints, arrived)

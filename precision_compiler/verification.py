@@ -130,7 +130,7 @@ def verify_plan(
 def _measured(truth: Truth, unit: Unit, assignment: Mapping[str, str]) -> MeasuredError:
     problem = unit.problem
     sigma = problem.error(assignment, _LOSS)
-    return truth.measure(assignment, problem.error(assignment), sigma)
+    return truth.measure(assignment, problem.expected_error(assignment), sigma)
 
 
 def _corrections(truth: Truth, unit: Unit, found: MeasuredError) -> dict[tuple[str, str], float]:

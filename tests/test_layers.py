@@ -65,6 +65,7 @@ LAYERS = (
         "edit",
         "emulation",
         "exactness",
+        "flips",
         "float32_noise",
         "graph",
         "importing",

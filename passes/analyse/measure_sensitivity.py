@@ -11,6 +11,7 @@ import torch
 from precision_compiler.accumulation import Accumulator
 from precision_compiler.capture import Captured
 from precision_compiler.errors import AnalysisError, InternalError
+from precision_compiler.flips import NearBoundaries
 from precision_compiler.float32_noise import euclidean_norm, with_float32_noise
 from precision_compiler.formats import CHOICES
 from precision_compiler.heap import freed_memory_kept, rarely_collected
@@ -44,8 +45,10 @@ class MeasureSensitivity:
        share one rounded copy, so the products of their derivatives are kept too.
     3. Fused attention is replaced by a formula that can be differentiated twice; what the kernel
        rounds inside (probabilities, their gradients) is measured as internal to the site.
-    4. Three objectives: all gradients together; each parameter tensor's gradient relative to
-       itself (v divided by its norm, structurally zero gradients left out); the loss.
+    4. Four objectives: all gradients together; each parameter tensor's gradient relative to
+       itself (v divided by its norm, structurally zero gradients left out); the loss; and numbers
+       near boundaries where comparisons choose by them, such as the backward pass of ReLU, for
+       errors flip those choices (``precision_compiler.flips``).
     5. For formats with a scale, single and equal elements and the test for coherent errors, tensors
        are really rounded.
     6. A stored tensor that comes out on the format's grid once its sources are on it (they are
@@ -131,7 +134,12 @@ class MeasureSensitivity:
             if self.tensors:
                 probes["tensor"] = Signs(gradients, _tensor_weights(tensors), seed + 1)
             del gradients  # the tape lets go of them one by one
-            tape.differentiate(probes, partial(_turn_to, probe, abs(float(loss))), probe.finish)
+            others = list(probe.choices)
+            if others:
+                signs = NearBoundaries(list(probe.choices.values()), lambda: probe.flips, seed + 2)
+                probes["compared"] = signs
+            turn = partial(_turn_to, probe, abs(float(loss)))
+            tape.differentiate(probes, turn, probe.finish, {"compared": others})
             probe.finish_rest()
         return probe.statistics(norm, float(loss), tensors)
 

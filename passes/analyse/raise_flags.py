@@ -1,13 +1,14 @@
 """See RaiseFlags."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import ClassVar
 
 from precision_compiler.errors import InternalError
 from precision_compiler.flags import Flag
-from precision_compiler.formats import CHOICES, Format
+from precision_compiler.flips import flip_variance
+from precision_compiler.formats import CHOICES, Format, relative_variance
 from precision_compiler.links import Links
 from precision_compiler.observation import update_loss
 from precision_compiler.origin import constant_copies
@@ -50,7 +51,10 @@ class RaiseFlags:
        more bits that rounds it stochastically.
     12. Constants of an ONNX file are the same on every batch: no margin for them, and what their
        rounding costs is known, below the normal range as well: rule 2 leaves them out.
-    13. Update swamping: for a given learning rate, the share of bf16 weights that an update of
+    13. Flips: a node chooses by comparing computed numbers, and errors as large as those of one
+       bf16 rounding would flip so many choices of all nodes that the gradient changed by more than
+       ``harmless``. Predictions contain it; narrower formats raise it by the root of their errors.
+    14. Update swamping: for a given learning rate, the share of bf16 weights that an update of
        that size would leave unchanged.
     """
 
@@ -82,12 +86,25 @@ class RaiseFlags:
                 if fmt.name in _ALWAYS or fmt.name in unit.target.choices:
                     unit.flags += self._of_range(name, seen, fmt)
         unit.flags += [*_of_sums(unit.statistics), *_of_gradients(unit.statistics)]
+        unit.flags += self._of_flips(unit.statistics.flips)
         unit.flags += [*_of_accumulation(unit), *self._of_bias(unit)]
         unit.flags += _of_updates(unit)
         for flag in unit.flags:
             if flag.veto and flag.format is not None:
                 unit.vetoes.setdefault((flag.site, flag.format), f"{flag.name}: {flag.sentence}")
         return False
+
+    def _of_flips(self, densities: Mapping[str, float]) -> Iterator[Flag]:
+        variance, total = relative_variance(_WEIGHTS), sum(densities.values())
+        if flip_variance(total, variance) ** 0.5 <= self.harmless:
+            return
+        for node, density in densities.items():
+            error = flip_variance(density, variance) ** 0.5
+            sentence = (
+                f"it chooses by computed numbers: errors of {variance**0.5:.2%} in them flip "
+                f"choices that change the gradient by {error:.2g} of its size"
+            )
+            yield Flag("flips", node, None, sentence, {"error": error}, False)
 
     def _of_bias(self, unit: Unit) -> Iterator[Flag]:
         coarse = [name for name in unit.target.choices if self._is_biased(name)]

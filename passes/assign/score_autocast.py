@@ -36,6 +36,7 @@ class ScoreAutocast:
     def run(self, unit: Unit) -> bool:
         """Fill ``unit.baseline``."""
         unit.baseline = autocast_assignment(unit)
+        unit.expect_flips(unit.problem.flip_slope(unit.baseline))
         error = unit.problem.error(unit.baseline)
         unit.journal.note(self.name, f"the bf16 policy of torch.autocast errs by {error:.3g}")
         return False

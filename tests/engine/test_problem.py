@@ -119,11 +119,11 @@ def test_variances_add_up(
 
 
 def test_every_metric_adds_up_its_own_weights(problem: Problem) -> None:
-    stores = {"s1": one(1.0, 4.0, 9.0)}
+    stores = {"s1": one(1.0, 4.0, 9.0, 16.0)}
     seen = replace(problem, statistics=replace(problem.statistics, stores=stores))
     kept = seen.uniform() | {"s1": "bf16"}
     found = [seen.error(kept, metric) for metric in range(len(METRICS))]
-    assert found == pytest.approx([i * ULP["bf16"] ** 0.5 for i in (1, 2, 3)])
+    assert found == pytest.approx([i * ULP["bf16"] ** 0.5 for i in (1, 2, 3, 4)])
 
 
 def test_narrow_running_sums_add_to_the_contraction_that_has_them(problem: Problem) -> None:

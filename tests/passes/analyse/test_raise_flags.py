@@ -183,6 +183,19 @@ def test_sum_is_flagged_where_bf16_has_fewer_steps_than_it_has_terms() -> None:
     assert unit.vetoes == {}
 
 
+@pytest.mark.parametrize(("density", "flagged_nodes"), [(0.16, ["first", "second"]), (0.14, [])])
+def test_flips_are_flagged_where_all_together_count(
+    density: float, flagged_nodes: list[str]
+) -> None:
+    """Of 0.00166 that bf16 errs by, a density of 0.151 makes an error of 0.01."""
+    flips = {"first": density / 4, "second": density * 0.75}
+    unit = flagged(rest=Statistics({}, {}, {}, flips=flips))
+    assert [flag.site for flag in unit.flags] == flagged_nodes
+    assert not any(flag.veto or flag.name != "flips" for flag in unit.flags)
+    total = sum(flag.numbers["error"] ** 2 for flag in unit.flags)
+    assert total == pytest.approx(1e-4 * density / 0.1512 if flagged_nodes else 0.0, rel=1e-3)
+
+
 def test_zero_gradients_are_named_and_others_are_not() -> None:
     tensors = (
         TensorGradient("noise", 1.0, 0.1, 8),
