@@ -252,8 +252,8 @@ def test_nodes_that_are_no_site_get_vetoes_by_range_alone() -> None:
 def test_sentence_holds_every_number_of_its_flag() -> None:
     seen = replace(around(-30, 1e38), measured={"bf16": Measured(0.01, 0.16)})
     rest = Statistics({}, {}, {}, sums={"long": 300.0}, ranges={"rest": around(-60, 1.0)})
-    noisy = replace(rest, tensors=(TensorGradient("bias", 2e-9, 1e-9, 8),))
-    unit = flagged(seen, rest=noisy, rate=1e-3)
+    flips, noisy = {"relu": 0.5}, (TensorGradient("bias", 2e-9, 1e-9, 8),)
+    unit = flagged(seen, rest=replace(rest, tensors=noisy, flips=flips), rate=1e-3)
     shown = {flag.name for flag in unit.flags}
     assert shown == set(FLAGS) - {
         *("trust-region", "unverified", "unmeasured"),  # of whole plans
