@@ -89,6 +89,7 @@ class Subject:
         measured, loss_error = found.gradient_error, found.loss_error
         return {
             "predicted": predicted,
+            "first_order": self.problem.error(assignment),  # without flipped choices
             "measured": measured if measured < MOST else None,
             "flags": sorted(flags),
             "loss_error": loss_error if abs(loss_error) < MOST else None,
