@@ -94,13 +94,16 @@ def _has_boundary(comparison: Any) -> bool:
 
 
 def compared(comparison: fx.Node) -> list[fx.Node]:
-    """The float32 tensors that a comparison is about, before they are viewed as they are."""
+    """The float32 tensors that a comparison is about, before they are viewed as they are.
+
+    Those that are repeated for it, such as thresholds of whole rows, are left out.
+    """
     found = []
     for node in comparison.all_input_nodes:
         while is_view(node) and _layout(node) == _layout(node.args[0]):
             assert isinstance(node.args[0], fx.Node)
             node = node.args[0]
-        if is_float32(node):
+        if is_float32(node) and shape_of(node) == shape_of(comparison):
             found.append(node)
     return found
 
@@ -114,7 +117,8 @@ def choice(values: Sequence[torch.Tensor], sides: tuple[Any, Any]) -> Choice | N
     """What is chosen by one comparison; None if all compared numbers are alike.
 
     Of numbers on one side of the boundary, such as the results of ReLU, those on the other side
-    cannot be told apart: they are taken to be as close to it.
+    cannot be told apart: they are taken to be as close to it. Infinite values, which mask, count
+    nothing.
 
     Args:
         values: the condition and the two values to choose from.
@@ -124,7 +128,7 @@ def choice(values: Sequence[torch.Tensor], sides: tuple[Any, Any]) -> Choice | N
     first, second = (sampled(value.expand(shape)) for value in values[1:])
     distance = torch.as_tensor(sides[0] - sides[1]).expand(shape)
     apart = sampled(distance)
-    apart = apart[apart != 0]
+    apart = apart[apart.isfinite() & (apart != 0)]
     if not apart.numel():
         return None
     sides_seen = 1 if bool((apart > 0).all() or (apart < 0).all()) else 2
@@ -133,7 +137,9 @@ def choice(values: Sequence[torch.Tensor], sides: tuple[Any, Any]) -> Choice | N
     # Of values that meet at the boundary, squares of differences grow with that of the distance.
     # Four times what the nearer half has per unit, less what all have, is three times the rest.
     weight = (8 * sampled(nearer).double() - sampled(near).double()) / 3
-    return Choice((first - second).double(), weight * 2 / sides_seen / _NEAR, near, size)
+    # Not by `torch.where`: a tape that runs the choice again has its result known (`Known`).
+    jump = (first - second).double().nan_to_num(0.0, 0.0, 0.0)
+    return Choice(jump, weight * 2 / sides_seen / _NEAR, near, size)
 
 
 class NearBoundaries(Sequence[torch.Tensor]):

@@ -92,6 +92,25 @@ def test_masks_and_equal_numbers_are_no_choices() -> None:
     assert not deciding(found.joint.module.graph)
 
 
+def test_masks_of_infinities_and_thresholds_of_rows_leave_predictions_finite() -> None:
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            scores = self.fc(x)
+            kept = torch.where(scores > scores.mean(-1, keepdim=True), scores, -torch.inf)
+            return F.mse_loss(kept.softmax(-1), y)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = capture(Sparse(), batch(1))
+    assert deciding(found.joint.module.graph)
+    problem = measured(found)
+    assert 0.0 < problem.expected_error(problem.uniform("bf16")) < 0.2
+
+
 @pytest.mark.parametrize("one_sided", [False, True])
 @pytest.mark.parametrize("relative", [0.02, 0.002])
 def test_flipped_choices_change_as_much_as_is_predicted(relative: float, one_sided: bool) -> None:
