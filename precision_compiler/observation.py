@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from math import isfinite, log
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from precision_compiler.formats import (
     relative_variance,
 )
 from precision_compiler.outliers import Outliers, find_outliers
-from precision_compiler.sampling import GLANCE, REPEATED, SAMPLE, in_order, sampled
+from precision_compiler.sampling import GLANCE, REPEATED, SAMPLE, sampled
 from precision_compiler.statistics import (
     COHERENT,
     EXPONENTS,
@@ -29,8 +28,7 @@ from precision_compiler.statistics import (
 
 _CHANCE = 0.01  # share of the elements that may be equal by chance
 _MAY_BE_CHANCE = COHERENT**2 * (1 - 1e-9)  # signed square over variance; float64 rounds, too
-_UNCHECKED = 14.0  # a chance of one in a thousand: hundreds of tensors are looked at
-_PIECE = 1 << 17  # elements that are rounded at a time, so that errors stay in the cache
+_CASES = 1000  # of which not even one may seem coherent by chance
 _NOTHING = np.zeros((3, 0))
 _MANY = 1 << 8  # different numbers, below which errors are a few draws, which is for `signed`
 
@@ -77,14 +75,13 @@ class Observation:
 
     @cached_property
     def errors(self) -> torch.Tensor:
-        """``Q(y) - y`` of every sampled element, a row for every format."""
-        rows = [quantised(self.row, fmt, self.amax) - self.row for fmt in self.formats]
-        return torch.stack(rows)
+        """``Q(y) - y`` of every sampled element, a row for every format, float64."""
+        return _matrix(quantised(self.row, fmt, self.amax) - self.row for fmt in self.formats)
 
     @cached_property
     def squares(self) -> torch.Tensor:
-        """Squares of ``errors``, float64."""
-        return self.errors.double().square()
+        """Squares of ``errors``."""
+        return self.errors.square()
 
     @property
     def insensitive(self) -> Sensitivity:
@@ -99,21 +96,11 @@ class Observation:
         """The effect of real rounding to every format, from sampled derivatives."""
         return _named([fmt.name for fmt in self.formats], self._of_formats(adjoint.double()))
 
-    def agreeing(self, adjoint: torch.Tensor) -> list[Format]:
-        """Formats whose errors seem to add up where a tensor is sampled: to be looked at whole."""
-        if self.scale <= 1 or not self.formats:
-            return []
-        signed = (self.errors @ adjoint).square()
-        variance = self.errors.square() @ adjoint.square()
-        seem = (signed > _doubt(self.scale) * variance).tolist()
-        return [fmt for fmt, agrees in zip(self.formats, seem, strict=True) if agrees]
-
     def effects(
         self,
         adjoint: torch.Tensor,
         outliers: Outliers | None,
         errors: Mapping[str, torch.Tensor],
-        agreeing: Mapping[str, float] = MappingProxyType({}),
     ) -> tuple[np.ndarray, dict[str, Measured]]:
         """``weight`` and ``measured``, with what the sample does not tell.
 
@@ -123,12 +110,10 @@ class Observation:
             errors: rounding errors of the sampled elements, or every second of them, in further
                 formats, by name. Those of outliers are not known: they are taken to be those of
                 normal numbers.
-            agreeing: the square of the signed sum over all elements, for formats in which the
-                sample's seem to add up.
         """
         wide, names = adjoint.double(), [*(fmt.name for fmt in self.formats), *errors]
         if outliers is None:
-            return self.weight(wide), _named(names, self._of_all(wide, errors), agreeing)
+            return self.weight(wide), _named(names, self._of_all(wide, errors))
         rest = wide if outliers.others is None else wide * outliers.others
         weight = self.weight(rest) * outliers.rest
         found = _times(self._of_all(rest, errors), outliers.rest)
@@ -140,26 +125,22 @@ class Observation:
             known = few._of_formats(outliers.adjoint.double())
             known = np.concatenate([known, np.stack([guess, guess, 0.0 * guess])], axis=1)
             found += _times(known, 1.0 + more)
-        return weight, _named(names, found, agreeing)
+        return weight, _named(names, found)
 
     def _of_all(self, adjoint: torch.Tensor, errors: Mapping[str, torch.Tensor]) -> np.ndarray:
         found = self._of_formats(adjoint)
         if not errors:
             return found
-        further = self._of_errors(_matrix(errors.values()), adjoint, unchecked=_UNCHECKED)
+        further = self._of_errors(_matrix(errors.values()), adjoint)
         return np.concatenate([found, further], axis=1)
 
     def _of_formats(self, adjoint: torch.Tensor) -> np.ndarray:
         if not self.formats:
             return _NOTHING
-        return self._of_errors(self.errors.double(), adjoint, self.squares)
+        return self._of_errors(self.errors, adjoint, self.squares)
 
     def _of_errors(
-        self,
-        errors: torch.Tensor,
-        adjoint: torch.Tensor,
-        squares: torch.Tensor | None = None,
-        unchecked: float = 0.0,
+        self, errors: torch.Tensor, adjoint: torch.Tensor, squares: torch.Tensor | None = None
     ) -> np.ndarray:
         """Variance, signed square and products of equal elements (rows) by format (columns).
 
@@ -167,7 +148,6 @@ class Observation:
             errors: of each sampled element, or of every second, a row for every format.
             adjoint: derivatives of all sampled elements, float64.
             squares: of the errors, if known.
-            unchecked: how much more agreement counts where nobody looks at all elements.
         """
         squares = errors.square() if squares is None else squares
         every = -(-len(adjoint) // errors.shape[1])
@@ -176,7 +156,7 @@ class Observation:
         signed = (errors @ adjoint).square().cpu().numpy()
         variance = (squares @ adjoint.square()).cpu().numpy() + pairs * scale
         # Errors that agree grow with the number of elements, others with its root.
-        coherent = signed > (_doubt(scale) + (unchecked if scale > 1 else 0.0)) * variance
+        coherent = signed > _doubt(scale) * variance
         signed = np.where(coherent, signed * scale, np.minimum(signed, _MAY_BE_CHANCE * variance))
         return np.stack([variance, signed, pairs]) * scale
 
@@ -220,9 +200,11 @@ def _doubt(scale: float) -> float:
     """How large the square of a sum of random signs has to be, over its mean, to count.
 
     By chance it exceeds t^2 with a probability of about exp(-t^2 / 2), so as much more is asked of
-    samples of one in ``scale`` as makes up for the factor that is at stake.
+    samples of one in ``scale`` as makes up for the factor that is at stake, and for the thousands
+    of tensors and formats that are looked at: each case in which chance won would be an error ten
+    times too large.
     """
-    return COHERENT**2 + 2 * log(max(1.0, scale))
+    return COHERENT**2 + 2 * log(scale * _CASES) if scale > 1 else COHERENT**2
 
 
 def _times(found: np.ndarray, factor: float) -> np.ndarray:
@@ -237,41 +219,14 @@ def _times(found: np.ndarray, factor: float) -> np.ndarray:
     )
 
 
-def _named(
-    names: Sequence[str], found: np.ndarray, agreeing: Mapping[str, float] = MappingProxyType({})
-) -> dict[str, Measured]:
-    """What ``_of_errors`` found, by format; an overflow is a flag's business, not a number.
-
-    Of formats in which a sample's errors add up, ``agreeing`` has what those of all elements do.
-    """
-    signs = found[1].tolist()
-    coherent = (found[1] > COHERENT**2 * found[0]).tolist()
-    exact = [
-        agreeing.get(name, signed) if adds_up else signed
-        for name, signed, adds_up in zip(names, signs, coherent, strict=True)
-    ]
-    columns = zip(names, found[0].tolist(), exact, found[2].tolist(), strict=True)
+def _named(names: Sequence[str], found: np.ndarray) -> dict[str, Measured]:
+    """What ``_of_errors`` found, by format; an overflow is a flag's business, not a number."""
+    columns = zip(names, found.T.tolist(), strict=True)
     return {
         name: Measured(variance, signed, pairs > 0)
-        for name, variance, signed, pairs in columns
+        for name, (variance, signed, pairs) in columns
         if isfinite(variance + signed)
     }
-
-
-def signed_square(values: torch.Tensor, adjoint: torch.Tensor, fmt: Format, amax: float) -> float:
-    """``(sum h d)^2`` over all elements of a tensor that is rounded to a format.
-
-    Args:
-        values: float32, of any shape and layout.
-        adjoint: derivatives of its elements.
-        fmt: the format.
-        amax: largest magnitude of the values.
-    """
-    order, total = in_order(values), 0.0
-    y, h = (x.detach().permute(order).reshape(-1) for x in (values, adjoint))
-    for few, slopes in zip(torch.split(y, _PIECE), torch.split(h, _PIECE), strict=True):
-        total += float(((quantised(few, fmt, amax) - few) * slopes).sum(dtype=torch.float64))
-    return total**2
 
 
 def _matrix(rows: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -299,10 +254,7 @@ def sensitivity_of(
     most = how_many(sampled(values, GLANCE))
     seen, row = Observation(values, map(FORMATS.__getitem__, formats), most), sampled(adjoint, most)
     outliers = find_outliers(values, adjoint, seen.row * row, most)
-    agreeing = {
-        fmt.name: signed_square(values, adjoint, fmt, seen.amax) for fmt in seen.agreeing(row)
-    }
-    weight, measured = seen.effects(row, outliers, {}, agreeing)
+    weight, measured = seen.effects(row, outliers, {})
     rows = np.repeat(weight[None], len(METRICS), axis=0)
     return Sensitivity(rows, seen.amax, seen.count, seen.size, measured)
 

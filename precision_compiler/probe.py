@@ -298,7 +298,7 @@ class Probe:
             if adjoint is not None:  # autograd has no tensor for some derivatives that are zero
                 if place not in self._watched:
                     amax, most = self._seen[place].amax, self._most[place]
-                    self._watched[place] = Watched(kept, amax, most, tuple(self.formats))
+                    self._watched[place] = Watched(kept, amax, most)
                 self._watched[place].take(key, self.metric, adjoint)
 
         value.register_hook(arrived)  # type: ignore[no-untyped-call]
@@ -307,18 +307,19 @@ class Probe:
         seen = self._watched.pop(place, None)
         if seen is None:
             return
+        observed = seen.observed(self.formats)
         for key in seen.readers:
             errors = self._block_errors.get(key, {}) if isinstance(key, tuple) else {}
-            found = seen.sensitivity(key, errors)
+            found = seen.sensitivity(observed, key, errors)
             if isinstance(key, tuple):
                 self.operands[key] = found
             elif isinstance(place, tuple):
                 self.internals[place] = found
             else:
                 self.stores[self._stored[place]] = found
-        self.correlations.extend(seen.correlations())
+        self.correlations.extend(seen.correlations(observed))
         if isinstance(place, fx.Node) and place in self._summed and "store" in seen.gradient:
-            weighed = self._summed[place].weighed(seen.gradient["store"], seen.value.numel())
+            weighed = self._summed[place].weighed(seen.gradient["store"], observed.size)
             self.accumulations.update(
                 ((self._sites[place], name), found) for name, found in weighed.items()
             )

@@ -141,12 +141,12 @@ def test_every_second_error_tells_as_much_of_formats_by_block() -> None:
 
 def test_readers_that_share_outliers_go_together_as_far_as_their_sample_tells() -> None:
     values, adjoint = with_sinks(1, 400, 5.0)
-    e4m3 = FORMATS["e4m3"]
-    watched = Watched(values, float(values.abs().max()), SAMPLE, (e4m3,))
+    watched, e4m3 = Watched(values, float(values.abs().max()), SAMPLE), FORMATS["e4m3"]
     watched.take(("a", 0), 0, adjoint)
     watched.take(("b", 0), 0, 2 * adjoint)
-    (pair,) = watched.correlations()
-    one, other = (watched.sensitivity((name, 0), {}) for name in "ab")
+    observed = watched.observed([e4m3])
+    (pair,) = watched.correlations(observed)
+    one, other = (watched.sensitivity(observed, (name, 0), {}) for name in "ab")
     assert other.variance(e4m3) == pytest.approx(4 * one.variance(e4m3), rel=1e-5)
     for fmt in (e4m3, FORMATS["bf16"]):
         both = (one.variance(fmt) * other.variance(fmt)) ** 0.5

@@ -125,30 +125,6 @@ def test_chance_agreement_of_a_sample_does_not_raise_the_mean_prediction() -> No
     assert np.mean(ratios) == pytest.approx(1.0, abs=0.1)
 
 
-@pytest.mark.parametrize("shape", [(1 << 19,), (512, 1024)])
-@pytest.mark.parametrize("everywhere", [False, True])
-def test_agreement_of_a_sample_is_checked_on_all_elements(
-    shape: tuple[int, ...], everywhere: bool
-) -> None:
-    """Errors that add up in the sample alone are independent ones; else their sum is exact."""
-    values, adjoint = (normal(seed, *shape)[0].t().contiguous().t() for seed in (1, 2))
-    error = quantised(values, E4M3) - values
-    leaning = adjoint + error.sign()
-    if everywhere:
-        adjoint = leaning
-    else:
-        chosen = sampled(torch.arange(values.numel()).reshape(shape))
-        against = adjoint - error.sign() * len(chosen) / (values.numel() - len(chosen))
-        adjoint = against.reshape(-1).index_copy(0, chosen, sampled(leaning)).reshape(shape)
-    seen = Observation(values, [E4M3])
-    assert seen.measured(sampled(adjoint))["e4m3"].signed > 100 * COHERENT**2
-    found = sensitivity_of(values, adjoint, ["e4m3"])
-    effects = adjoint.double() * error
-    assert found.is_coherent(E4M3) == everywhere
-    exact = effects.sum().square() if everywhere else effects.square().sum()
-    assert found.variance(E4M3) == pytest.approx(float(exact), rel=1e-4 if everywhere else 0.2)
-
-
 def test_errors_of_random_tensors_rarely_seem_coherent() -> None:
     ratios = [sensitivity_of(*normal(s, 200), ["bf16"]).signed_ratio(BF16) for s in range(2000)]
     assert 1 <= sum(ratio > COHERENT for ratio in ratios) <= 12  # 0.27 % of a normal distribution
