@@ -137,7 +137,6 @@ def choice(values: Sequence[torch.Tensor], sides: tuple[Any, Any]) -> Choice | N
     # Of values that meet at the boundary, squares of differences grow with that of the distance.
     # Four times what the nearer half has per unit, less what all have, is three times the rest.
     weight = (8 * sampled(nearer).double() - sampled(near).double()) / 3
-    # Not by `torch.where`: a tape that runs the choice again has its result known (`Known`).
     jump = (first - second).double().nan_to_num(0.0, 0.0, 0.0)
     return Choice(jump, weight * 2 / sides_seen / _NEAR, near, size)
 
@@ -152,30 +151,27 @@ class NearBoundaries(Sequence[torch.Tensor]):
 
     def __init__(
         self,
-        choices: Sequence[tuple[str, Choice]],
-        density: Callable[[], Mapping[str, float]],
+        choices: Sequence[Choice],
+        density: Callable[[], Mapping[Choice, float]],
         seed: int,
     ) -> None:
         """Draw.
 
         Args:
-            choices: for every tensor of compared numbers, the node that chooses, and its choices.
-            density: by node that chooses.
+            choices: for every tensor of compared numbers, what they choose.
+            density: of the choices.
             seed: of the signs.
         """
         self._choices, self._density = choices, density
-        likes = [
-            one.jump.new_empty((), dtype=torch.float32).expand_as(one.near) for _, one in choices
-        ]
+        likes = [one.jump.new_empty((), dtype=torch.float32).expand_as(one.near) for one in choices]
         self._signs = Signs(likes, [1.0] * len(choices), seed)
 
     def __len__(self) -> int:
         return len(self._choices)
 
     def __getitem__(self, index: Any) -> Any:
-        name, one = self._choices[index]
-        density = self._density()
-        share = density.get(name, 0.0) / (sum(density.values()) or 1.0)
+        one, density = self._choices[index], self._density()
+        share = density.get(one, 0.0) / (sum(density.values()) or 1.0)
         weight = (share / max(1, int(one.near.sum()))) ** 0.5 / one.size
         signs: torch.Tensor = self._signs[index]
         return signs * one.near * weight

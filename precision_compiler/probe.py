@@ -57,9 +57,10 @@ class Probe:
     """Runs single nodes for a tape and collects a ``Sensitivity`` of everything watched.
 
     Attributes:
-        stores, operands, internals, correlations, exact, ranges, accumulations, sums, flips: as
-            in ``Statistics``.
-        choices: tensors of numbers that choose by where they lie, what chooses, and how.
+        stores, operands, internals, correlations, exact, ranges, accumulations, sums: as in
+            ``Statistics``.
+        choices: of every node that chooses by numbers: each tensor of them, and how it does.
+        densities: of choices, as far as derivatives have arrived.
         metric: row of METRICS that arriving derivatives belong to.
         least: by how much something has to change that objective in order to count.
     """
@@ -113,8 +114,8 @@ class Probe:
         self.ranges: dict[str, Sensitivity] = {}
         self.accumulations: dict[tuple[str, str], Accumulated] = {}
         self.sums: dict[str, float] = {}
-        self.flips: dict[str, float] = {}
-        self.choices: dict[fx.Node, tuple[str, Choice]] = {}
+        self.densities: dict[Choice, float] = {}
+        self.choices: dict[fx.Node, list[tuple[fx.Node, Choice]]] = {}
 
     def reads(self, node: fx.Node) -> Iterable[fx.Node]:
         """Arguments; for what is tapped or tested for exactness, the tensors behind them."""
@@ -202,7 +203,7 @@ class Probe:
             norm,
             loss,
             tensors,
-            flips=self.flips,
+            flips={_name(node): self._density(node) for node in self.choices},
         )
 
     def _tapped(
@@ -270,24 +271,36 @@ class Probe:
         self._watch(place, edge, "store", value)
         return edge
 
+    @property
+    def comparing(self) -> list[fx.Node]:
+        """Tensors of numbers that choose by where they lie."""
+        comparisons = itertools.chain.from_iterable(self._deciding.values())
+        return list(dict.fromkeys(itertools.chain.from_iterable(map(compared, comparisons))))
+
     def _look_at_choices(
         self, node: fx.Node, value: torch.Tensor, args: tuple[Any, ...], values: Values
     ) -> None:
-        facts = facts_of(node)
-        name, known = facts.name if facts is not None else node.name, list[Choice]()
+        if node not in self.choices:
+            self.choices[node] = list(self._chosen(node, args, values))
+        if torch.is_grad_enabled() and value.requires_grad:
+            value.register_hook(partial(self._choices_count, node))  # type: ignore[no-untyped-call]
+
+    def _chosen(
+        self, node: fx.Node, args: tuple[Any, ...], values: Values
+    ) -> Iterator[tuple[fx.Node, Choice]]:
         for comparison in self._deciding[node]:
             sides: Any = fx.node.map_arg(comparison.args, values)
             found = choice(args, sides)
             if found is not None:
-                known.append(found)
-                self.choices.update((source, (name, found)) for source in compared(comparison))
+                yield from ((source, found) for source in compared(comparison))
 
-        def arrived(adjoint: torch.Tensor | None) -> None:
-            if adjoint is not None and METRICS[self.metric] == "gradient":
-                self.flips[name] = sum(one.density(adjoint) for one in known)
+    def _density(self, node: fx.Node) -> float:
+        different = dict.fromkeys(one for _, one in self.choices[node])
+        return sum(self.densities.get(one, 0.0) for one in different)
 
-        if torch.is_grad_enabled() and value.requires_grad:
-            value.register_hook(arrived)  # type: ignore[no-untyped-call]
+    def _choices_count(self, node: fx.Node, adjoint: torch.Tensor | None) -> None:
+        if adjoint is not None and METRICS[self.metric] == "gradient":
+            self.densities.update((one, one.density(adjoint)) for _, one in self.choices[node])
 
     def _watch(self, place: _Place, value: torch.Tensor, key: Key, still: torch.Tensor) -> None:
         if not value.requires_grad:
@@ -344,6 +357,11 @@ class Probe:
         cone = self._cones.get(node)
         if cone is not None and cone.is_exact(value, values):
             self.exact[self._stored[node]] = tuple(self._stored[one] for one in cone.sources)
+
+
+def _name(node: fx.Node) -> str:
+    facts = facts_of(node)
+    return node.name if facts is None else facts.name
 
 
 def _block_size(fmt: Format) -> float:

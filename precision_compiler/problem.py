@@ -306,12 +306,12 @@ class Problem:
 
     def flips(self, assignment: Mapping[str, str]) -> float:
         """The squared relative gradient error that flipped choices alone cause."""
-        density = sum(self.statistics.flips.values())
+        density = self.statistics.flip_density
         return flip_variance(density, self.error(assignment, COMPARED) ** 2) if density else 0.0
 
     def steepest(self, error: float) -> float:
         """The slope that is right where flips alone use an error up; 0 if there are none."""
-        density = sum(self.statistics.flips.values())
+        density = self.statistics.flip_density
         return steepest(density, error) if density and 0.0 < error < inf else 0.0
 
     def flip_slope(self, assignment: Mapping[str, str]) -> float:

@@ -13,7 +13,8 @@ EXPONENTS = np.arange(-126, 129)
 """Binades: those of the float32 exponent field 1 to 255."""
 
 METRICS = ("gradient", "tensor", "loss", "compared")
-"""What an error is measured by: all gradients together, each parameter tensor, the loss."""
+"""What an error is measured by: all gradients together, each parameter tensor, the loss; and
+numbers that are compared, near where that decides."""
 
 COHERENT = 3.0
 """Ratio of signed to independent error from which errors are taken to add up.
@@ -245,6 +246,11 @@ class Statistics:
     noise_origin: str = "not estimated"
     batches: int = 1
     flips: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def flip_density(self) -> float:
+        """The sum of ``flips``."""
+        return sum(self.flips.values())
 
 
 def averaged(found: Sequence[Statistics]) -> Statistics:

@@ -51,6 +51,7 @@ class Tape:
         memory: float,
         seed: int = 0,
         roughly: bool = False,
+        asked: Sequence[fx.Node] = (),
     ) -> None:
         """Cut the graph.
 
@@ -61,9 +62,10 @@ class Tape:
             seed: of random operations; a chunk that runs twice draws the same numbers.
             roughly: whether derivatives, not values, may be off by a few per cent where that
                 makes them faster.
+            asked: nodes that objectives other than the gradients and the loss may be about.
         """
         self.captured, self.runner, self.seed = captured, runner, seed
-        self._roughly = roughly
+        self._roughly, self._asked = roughly, asked
         graph, joint = captured.joint.module.graph, captured.joint
         self.primals, self.tangents = primals_and_tangents(graph)
         results = graph.output_node().args[0]
@@ -145,7 +147,7 @@ class Tape:
 
     def _connect(self) -> None:
         made_in: dict[fx.Node, Chunk] = {}
-        results = [*self.results, *self.gradients]
+        results = [*self.results, *self.gradients, *self._asked]
         given: dict[int, dict[fx.Node, None]] = {id(chunk): {} for chunk in self.chunks}
         for chunk in self.chunks:
             made_in.update(dict.fromkeys(chunk.nodes, chunk))

@@ -99,7 +99,8 @@ class MeasureSensitivity:
             noise = [tensor.noise for tensor in found[0].tensors] if found else None
             with freed_memory_kept(), rarely_collected():
                 probe = Probe(captured.joint, links, formats, accumulators)
-                tape = Tape(captured, probe, memory, self.seed + index, roughly=True)
+                seed, asked = self.seed + index, probe.comparing
+                tape = Tape(captured, probe, memory, seed, roughly=True, asked=asked)
                 summed = sums if unit.calibration and unit.budget.needs_noise else None
                 found.append(self._probed(tape, probe, self.seed + index, noise, summed))
         mean = averaged(found)
@@ -134,12 +135,13 @@ class MeasureSensitivity:
             if self.tensors:
                 probes["tensor"] = Signs(gradients, _tensor_weights(tensors), seed + 1)
             del gradients  # the tape lets go of them one by one
-            others = list(probe.choices)
-            if others:
-                signs = NearBoundaries(list(probe.choices.values()), lambda: probe.flips, seed + 2)
-                probes["compared"] = signs
+            choices = [pair for found in probe.choices.values() for pair in found]
+            if choices:
+                signs = [one for _, one in choices]
+                probes["compared"] = NearBoundaries(signs, lambda: probe.densities, seed + 2)
+            others = {"compared": [source for source, _ in choices]}
             turn = partial(_turn_to, probe, abs(float(loss)))
-            tape.differentiate(probes, turn, probe.finish, {"compared": others})
+            tape.differentiate(probes, turn, probe.finish, others)
             probe.finish_rest()
         return probe.statistics(norm, float(loss), tensors)
 

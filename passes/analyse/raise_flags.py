@@ -1,6 +1,6 @@
 """See RaiseFlags."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import ClassVar
@@ -86,7 +86,7 @@ class RaiseFlags:
                 if fmt.name in _ALWAYS or fmt.name in unit.target.choices:
                     unit.flags += self._of_range(name, seen, fmt)
         unit.flags += [*_of_sums(unit.statistics), *_of_gradients(unit.statistics)]
-        unit.flags += self._of_flips(unit.statistics.flips)
+        unit.flags += self._of_flips(unit.statistics)
         unit.flags += [*_of_accumulation(unit), *self._of_bias(unit)]
         unit.flags += _of_updates(unit)
         for flag in unit.flags:
@@ -94,11 +94,11 @@ class RaiseFlags:
                 unit.vetoes.setdefault((flag.site, flag.format), f"{flag.name}: {flag.sentence}")
         return False
 
-    def _of_flips(self, densities: Mapping[str, float]) -> Iterator[Flag]:
-        variance, total = relative_variance(_WEIGHTS), sum(densities.values())
-        if flip_variance(total, variance) ** 0.5 <= self.harmless:
+    def _of_flips(self, statistics: Statistics) -> Iterator[Flag]:
+        variance = relative_variance(_WEIGHTS)
+        if flip_variance(statistics.flip_density, variance) ** 0.5 <= self.harmless:
             return
-        for node, density in densities.items():
+        for node, density in statistics.flips.items():
             error = flip_variance(density, variance) ** 0.5
             sentence = (
                 f"it chooses by computed numbers: errors of {variance**0.5:.2%} in them flip "

@@ -50,13 +50,12 @@ class ChooseFormats:
     def run(self, unit: Unit) -> bool:
         """Fill ``unit.solution`` and ``unit.assignment``."""
         unit.expect_flips(unit.problem.steepest(unit.budget.limit))
-        found = solve(unit.problem, unit.budget.limit, self.gap, self.seconds)
         for _ in range(self.turns):
+            found = solve(unit.problem, unit.budget.limit, self.gap, self.seconds)
             expected = unit.problem.expected_error(found.assignment)
             unit.expect_flips(unit.problem.flip_slope(found.assignment))
             if abs(expected - found.error) <= self.tolerance * found.error:
                 break
-            found = solve(unit.problem, unit.budget.limit, self.gap, self.seconds)
         unit.solution = replace(found, error=unit.problem.error(found.assignment))
         unit.assignment = dict(found.assignment)
         return False

@@ -1,5 +1,6 @@
 """Choices that errors flip, such as those of ReLU's backward pass."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import pi
 
@@ -41,6 +42,17 @@ class Rectified(nn.Module):
         return F.mse_loss(x, y)
 
 
+class Ending(nn.Module):
+    """A linear layer, and what is made of its results."""
+
+    def __init__(self, last: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.last = nn.Linear(WIDTH, WIDTH), last
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.last(self.fc(x), y)
+
+
 def batch(seed: int) -> tuple[Tensor, Tensor]:
     dice = torch.Generator().manual_seed(seed)
     x, y = (torch.randn(ROWS, WIDTH, generator=dice) for _ in range(2))
@@ -78,34 +90,22 @@ def test_smooth_activations_and_dropout_choose_nothing(activation: nn.Module) ->
 
 
 def test_masks_and_equal_numbers_are_no_choices() -> None:
-    class Masked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(WIDTH, WIDTH)
+    def masked(y: Tensor, keep: Tensor) -> Tensor:
+        kept = torch.where(keep > 3, y, 0.0)
+        return torch.where(kept == 0, 1.0, kept * 2).amax(-1).sum()
 
-        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
-            y = torch.where(keep > 3, self.fc(x), 0.0)
-            y = torch.where(y == 0, 1.0, y * 2)
-            return y.amax(-1).sum()
-
-    found = capture(Masked(), (batch(1)[0], torch.arange(WIDTH)))
+    found = capture(Ending(masked), (batch(1)[0], torch.arange(WIDTH)))
     assert not deciding(found.joint.module.graph)
 
 
 def test_masks_of_infinities_and_thresholds_of_rows_leave_predictions_finite() -> None:
-    class Sparse(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(WIDTH, WIDTH)
-
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            scores = self.fc(x)
-            kept = torch.where(scores > scores.mean(-1, keepdim=True), scores, -torch.inf)
-            return F.mse_loss(kept.softmax(-1), y)
+    def sparse(scores: Tensor, y: Tensor) -> Tensor:
+        kept = torch.where(scores > scores.mean(-1, keepdim=True), scores, -torch.inf)
+        return F.mse_loss(kept.softmax(-1), y)
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        found = capture(Sparse(), batch(1))
+        found = capture(Ending(sparse), batch(1))
     assert deciding(found.joint.module.graph)
     problem = measured(found)
     assert 0.0 < problem.expected_error(problem.uniform("bf16")) < 0.2
@@ -140,12 +140,12 @@ def test_objective_is_the_relative_error_near_the_boundary() -> None:
     assert found is not None
     squares = []
     for seed in range(200):
-        signs = NearBoundaries([("a", found)], lambda: {"a": 3.0}, seed)
+        signs = NearBoundaries([found], lambda: {found: 3.0}, seed)
         assert torch.equal(signs[0] != 0, y.abs() < found.size / 2)
         error = torch.randn(len(y), generator=torch.Generator().manual_seed(seed))
         squares.append(float(signs[0] @ error) ** 2)
     assert torch.tensor(squares).mean() == pytest.approx(1 / 16, rel=0.3)
-    assert not NearBoundaries([("a", found)], dict, 1)[0].any()
+    assert not NearBoundaries([found], dict, 1)[0].any()
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.1), nn.GELU()])
