@@ -44,14 +44,18 @@ class Choice:
     near: torch.Tensor
     size: float
 
-    def density(self, adjoint: torch.Tensor) -> float:
-        """``sum h^2 (a - b)^2`` per relative distance from the boundary.
+    def effects(self, adjoint: torch.Tensor) -> torch.Tensor:
+        """``h (a - b)`` of the sampled choices, by derivatives of the results of all of them."""
+        return sampled(adjoint).double() * self.jump
+
+    def density(self, effects: torch.Tensor) -> float:
+        """``sum (h (a - b))^2`` per relative distance from the boundary.
 
         Args:
-            adjoint: derivatives by the results of all choices.
+            effects: of sampled choices, summed over all nodes that the same comparison decides:
+                they flip together.
         """
-        effects = (sampled(adjoint).double() * self.jump).square()
-        known = float(effects @ self.weight) * self.near.numel() / len(effects)
+        known = float(effects.square() @ self.weight) * self.near.numel() / len(effects)
         return max(0.0, known)
 
 
@@ -151,27 +155,29 @@ class NearBoundaries(Sequence[torch.Tensor]):
 
     def __init__(
         self,
-        choices: Sequence[Choice],
-        density: Callable[[], Mapping[Choice, float]],
+        choices: Sequence[tuple[fx.Node, Choice]],
+        density: Callable[[], Mapping[fx.Node, float]],
         seed: int,
     ) -> None:
         """Draw.
 
         Args:
-            choices: for every tensor of compared numbers, what they choose.
-            density: of the choices.
+            choices: for every tensor of compared numbers, the comparison and what it chooses.
+            density: of the choices, by comparison.
             seed: of the signs.
         """
         self._choices, self._density = choices, density
-        likes = [one.jump.new_empty((), dtype=torch.float32).expand_as(one.near) for one in choices]
+        likes = [
+            one.jump.new_empty((), dtype=torch.float32).expand_as(one.near) for _, one in choices
+        ]
         self._signs = Signs(likes, [1.0] * len(choices), seed)
 
     def __len__(self) -> int:
         return len(self._choices)
 
     def __getitem__(self, index: Any) -> Any:
-        one, density = self._choices[index], self._density()
-        share = density.get(one, 0.0) / (sum(density.values()) or 1.0)
+        (comparison, one), density = self._choices[index], self._density()
+        share = density.get(comparison, 0.0) / (sum(density.values()) or 1.0)
         weight = (share / max(1, int(one.near.sum()))) ** 0.5 / one.size
         signs: torch.Tensor = self._signs[index]
         return signs * one.near * weight

@@ -59,8 +59,7 @@ class Probe:
     Attributes:
         stores, operands, internals, correlations, exact, ranges, accumulations, sums: as in
             ``Statistics``.
-        choices: of every node that chooses by numbers: each tensor of them, and how it does.
-        densities: of choices, as far as derivatives have arrived.
+        choices: of every node that chooses by numbers: the comparisons, and what they choose.
         metric: row of METRICS that arriving derivatives belong to.
         least: by how much something has to change that objective in order to count.
     """
@@ -114,7 +113,7 @@ class Probe:
         self.ranges: dict[str, Sensitivity] = {}
         self.accumulations: dict[tuple[str, str], Accumulated] = {}
         self.sums: dict[str, float] = {}
-        self.densities: dict[Choice, float] = {}
+        self._effects: dict[fx.Node, torch.Tensor] = {}
         self.choices: dict[fx.Node, list[tuple[fx.Node, Choice]]] = {}
 
     def reads(self, node: fx.Node) -> Iterable[fx.Node]:
@@ -203,7 +202,7 @@ class Probe:
             norm,
             loss,
             tensors,
-            flips={_name(node): self._density(node) for node in self.choices},
+            flips={_name(node): density for node, density in self.densities().items()},
         )
 
     def _tapped(
@@ -292,15 +291,19 @@ class Probe:
             sides: Any = fx.node.map_arg(comparison.args, values)
             found = choice(args, sides)
             if found is not None:
-                yield from ((source, found) for source in compared(comparison))
-
-    def _density(self, node: fx.Node) -> float:
-        different = dict.fromkeys(one for _, one in self.choices[node])
-        return sum(self.densities.get(one, 0.0) for one in different)
+                yield comparison, found
 
     def _choices_count(self, node: fx.Node, adjoint: torch.Tensor | None) -> None:
-        if adjoint is not None and METRICS[self.metric] == "gradient":
-            self.densities.update((one, one.density(adjoint)) for _, one in self.choices[node])
+        if adjoint is None or METRICS[self.metric] != "gradient":
+            return
+        for comparison, one in self.choices[node]:
+            effects, known = one.effects(adjoint), self._effects.get(comparison)
+            self._effects[comparison] = effects if known is None else known + effects
+
+    def densities(self) -> dict[fx.Node, float]:
+        """Of choices, by comparison, as far as derivatives have arrived."""
+        known = dict(pair for found in self.choices.values() for pair in found)
+        return {node: known[node].density(effects) for node, effects in self._effects.items()}
 
     def _watch(self, place: _Place, value: torch.Tensor, key: Key, still: torch.Tensor) -> None:
         if not value.requires_grad:

@@ -226,7 +226,7 @@ class Statistics:
             None if it could not be estimated.
         noise_origin: a sentence on what it was estimated from, or why not.
         batches: calibration batches.
-        flips: per node that chooses by comparing computed numbers, the squares of what flipped
+        flips: per comparison of computed numbers that chooses, the squares of what flipped
             choices change the gradient by, per distance from the boundary, which is relative to
             the root mean square of the compared numbers.
     """

@@ -11,7 +11,7 @@ import torch
 from precision_compiler.accumulation import Accumulator
 from precision_compiler.capture import Captured
 from precision_compiler.errors import AnalysisError, InternalError
-from precision_compiler.flips import NearBoundaries
+from precision_compiler.flips import NearBoundaries, compared
 from precision_compiler.float32_noise import euclidean_norm, with_float32_noise
 from precision_compiler.formats import CHOICES
 from precision_compiler.heap import freed_memory_kept, rarely_collected
@@ -135,11 +135,11 @@ class MeasureSensitivity:
             if self.tensors:
                 probes["tensor"] = Signs(gradients, _tensor_weights(tensors), seed + 1)
             del gradients  # the tape lets go of them one by one
-            choices = [pair for found in probe.choices.values() for pair in found]
+            known = dict(pair for found in probe.choices.values() for pair in found)
+            others = {"compared": [source for node in known for source in compared(node)]}
+            choices = [(node, one) for node, one in known.items() for _ in compared(node)]
             if choices:
-                signs = [one for _, one in choices]
-                probes["compared"] = NearBoundaries(signs, lambda: probe.densities, seed + 2)
-            others = {"compared": [source for source, _ in choices]}
+                probes["compared"] = NearBoundaries(choices, probe.densities, seed + 2)
             turn = partial(_turn_to, probe, abs(float(loss)))
             tape.differentiate(probes, turn, probe.finish, others)
             probe.finish_rest()

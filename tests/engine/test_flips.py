@@ -25,6 +25,7 @@ from tests.helpers import machine
 from tests.random_problems import problems
 
 WIDTH, HIDDEN, ROWS = 64, 512, 512
+NODE = torch.fx.Graph().placeholder("compared")
 
 
 class Rectified(nn.Module):
@@ -124,7 +125,7 @@ def test_flipped_choices_change_as_much_as_is_predicted(relative: float, one_sid
     assert found.size == pytest.approx(1.0, rel=0.01)
     flipped = (y > 0) != (y + relative * noise > 0)
     real = ((first - second) * adjoint * flipped).square().sum()
-    predicted = flip_variance(found.density(adjoint), relative**2)
+    predicted = flip_variance(found.density(found.effects(adjoint)), relative**2)
     assert predicted == pytest.approx(float(real), rel=0.1)
 
 
@@ -140,12 +141,12 @@ def test_objective_is_the_relative_error_near_the_boundary() -> None:
     assert found is not None
     squares = []
     for seed in range(200):
-        signs = NearBoundaries([found], lambda: {found: 3.0}, seed)
+        signs = NearBoundaries([(NODE, found)], lambda: {NODE: 3.0}, seed)
         assert torch.equal(signs[0] != 0, y.abs() < found.size / 2)
         error = torch.randn(len(y), generator=torch.Generator().manual_seed(seed))
         squares.append(float(signs[0] @ error) ** 2)
     assert torch.tensor(squares).mean() == pytest.approx(1 / 16, rel=0.3)
-    assert not NearBoundaries([found], dict, 1)[0].any()
+    assert not NearBoundaries([(NODE, found)], dict, 1)[0].any()
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.1), nn.GELU()])
@@ -163,6 +164,23 @@ def test_error_of_a_rectified_network_is_predicted(activation: nn.Module) -> Non
             assert problem.error(chosen) == problem.expected_error(chosen)
         else:
             assert problem.error(chosen) < real / (1.8 if fmt == "bf16" else 3.0)
+
+
+def test_hard_choices_of_the_forward_pass_are_predicted_however_the_graph_is_cut() -> None:
+    """A jump in the loss itself; the numbers that decide are made next to it, in one chunk."""
+
+    def hard(scores: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(torch.where(scores > 0.3, scores + 1.0, scores), y)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = capture(Ending(hard), batch(1))
+    problem, truths = measured(found), [Truth(found.on(batch(seed)), ()) for seed in range(4)]
+    chosen = problem.uniform() | dict.fromkeys(problem.links.contractions, "bf16")
+    errors = [truth.measure(chosen, 0.0, 0.0).gradient_error for truth in truths]
+    real = sum(error**2 for error in errors) ** 0.5 / len(errors) ** 0.5
+    assert problem.expected_error(chosen) == pytest.approx(real, rel=0.3)
+    assert problem.error(chosen) < real / 2
 
 
 def with_flips(problem: Problem, density: float) -> Problem:
